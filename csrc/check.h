@@ -1,0 +1,157 @@
+// Argument checks of the operators, shared by the CPU and the CUDA registrations. The public Python
+// ops check what users pass; these keep a direct call of torch.ops.pyrl_native from reading astray.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "kernels.h"
+
+// A plain message: STD_TORCH_CHECK would put this file's name before it.
+#define PYRL_CHECK(condition, ...)                                                       \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
+      throw std::runtime_error(torch::headeronly::detail::stdTorchCheckMsgImpl("", __VA_ARGS__)); \
+    }                                                                                    \
+  } while (0)
+
+namespace pyrl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+struct ScalarOf;
+template <>
+struct ScalarOf<float> {
+  static constexpr ScalarType type = ScalarType::Float;
+  static constexpr const char* name = "float32";
+};
+template <>
+struct ScalarOf<double> {
+  static constexpr ScalarType type = ScalarType::Double;
+  static constexpr const char* name = "float64";
+};
+template <>
+struct ScalarOf<int64_t> {
+  static constexpr ScalarType type = ScalarType::Long;
+  static constexpr const char* name = "int64";
+};
+template <>
+struct ScalarOf<bool> {
+  static constexpr ScalarType type = ScalarType::Bool;
+  static constexpr const char* name = "bool";
+};
+
+// The data of a contiguous vector of `size` elements of type T on the device of `like`.
+template <class T>
+T* vector(const Tensor& t, const char* name, int64_t size, const Tensor& like) {
+  PYRL_CHECK(t.scalar_type() == ScalarOf<T>::type, name, " must be ", ScalarOf<T>::name);
+  PYRL_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
+  PYRL_CHECK(t.is_contiguous(), name, " must be contiguous");
+  PYRL_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(),
+             name, " is on another device than the first argument");
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+T* vector(const std::optional<Tensor>& t, const char* name, int64_t size, const Tensor& like) {
+  return t ? vector<T>(*t, name, size, like) : nullptr;
+}
+
+inline LogitsRows logits_rows(const Tensor& z, const Tensor& target, const Tensor& inv_temperature,
+                              double logit_scale, double softcap) {
+  PYRL_CHECK(z.dim() == 2 && z.is_contiguous(), "z must be a contiguous [n, V] tensor");
+  const int64_t n = z.size(0), vocab = z.size(1);
+  PYRL_CHECK(vocab > 0 || n == 0, "z has an empty vocabulary");
+  const ScalarType type = z.scalar_type();
+  PYRL_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+             "z must be float32, bfloat16 or float16");
+  const DType dtype = type == ScalarType::Float      ? DType::kF32
+                      : type == ScalarType::BFloat16 ? DType::kBF16
+                                                     : DType::kF16;
+  return {z.data_ptr(),
+          dtype,
+          vocab,
+          vector<int64_t>(target, "target", n, z),
+          vector<float>(inv_temperature, "inv_temperature", n, z),
+          static_cast<float>(logit_scale),
+          static_cast<float>(softcap)};
+}
+
+inline LogitsGrad logits_grad(const Tensor& z, const Tensor& lse, const Tensor& entropy,
+                              const Tensor& c, const Tensor& h, const std::optional<Tensor>& g) {
+  const int64_t n = z.size(0);
+  return {vector<float>(lse, "lse", n, z), vector<float>(entropy, "entropy", n, z),
+          vector<float>(c, "c", n, z), vector<float>(h, "h", n, z), vector<float>(g, "g", n, z)};
+}
+
+// Output of `sizes`, on the device of `like`.
+inline Tensor output(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+struct ObjectiveOutputs {
+  Tensor loss, c, h, metrics;
+};
+
+// Checked inputs and fresh outputs of objective_terms; `metrics` has `count` entries.
+inline ObjectiveBatch objective_batch(const Tensor& logprob, const std::optional<Tensor>& entropy,
+                                      const std::optional<Tensor>& old,
+                                      const std::optional<Tensor>& ref, const Tensor& advantage,
+                                      const Tensor& weight, const Tensor& keep, int64_t count,
+                                      ObjectiveOutputs& out) {
+  const Tensor& like = logprob;
+  const int64_t tokens = logprob.numel();
+  ObjectiveBatch b{};
+  b.tokens = tokens;
+  b.logprob = vector<float>(logprob, "logprob", tokens, like);
+  b.entropy = vector<float>(entropy, "entropy", tokens, like);
+  b.old = vector<float>(old, "old", tokens, like);
+  b.ref = vector<float>(ref, "ref", tokens, like);
+  b.advantage = vector<float>(advantage, "advantage", tokens, like);
+  b.weight = vector<float>(weight, "weight", tokens, like);
+  b.keep = vector<bool>(keep, "keep", tokens, like);
+  out = {output(like, {}, ScalarType::Float), output(like, {tokens}, ScalarType::Float),
+         output(like, {tokens}, ScalarType::Float), output(like, {count}, ScalarType::Double)};
+  b.c = static_cast<float*>(out.c.data_ptr());
+  b.h = static_cast<float*>(out.h.data_ptr());
+  b.loss = static_cast<float*>(out.loss.data_ptr());
+  b.metrics = static_cast<double*>(out.metrics.data_ptr());
+  return b;
+}
+
+// The float64 CPU vector of LossSpec.params(), whatever the device of the other arguments: reading
+// it never waits for a GPU.
+inline const double* objective_params(const Tensor& params, int64_t count) {
+  PYRL_CHECK(params.is_cpu(), "params must be a CPU tensor");
+  return vector<double>(params, "params", count, params);
+}
+
+struct AdvantageOutputs {
+  Tensor advantages, low, high;
+};
+
+inline GroupAdvantage advantage_batch(const Tensor& rewards, const Tensor& order,
+                                      const Tensor& offsets, int64_t method, bool unbiased,
+                                      double eps, AdvantageOutputs& out) {
+  const int64_t n = rewards.numel();
+  PYRL_CHECK(method >= kGrpo && method <= kRaw, "method ", method, " is not one of 0..4");
+  out = {output(rewards, {n}, ScalarType::Float), output(rewards, {n}, ScalarType::Float),
+         output(rewards, {n}, ScalarType::Float)};
+  return {n,
+          vector<float>(rewards, "rewards", n, rewards),
+          vector<int64_t>(order, "order", n, rewards),
+          vector<int64_t>(offsets, "offsets", n + 1, rewards),
+          static_cast<int>(method),
+          unbiased,
+          static_cast<float>(eps),
+          static_cast<float*>(out.advantages.data_ptr()),
+          static_cast<float*>(out.low.data_ptr()),
+          static_cast<float*>(out.high.data_ptr())};
+}
+
+}  // namespace pyrl

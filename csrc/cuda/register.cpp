@@ -1,0 +1,91 @@
+// The CUDA implementations of schema.cpp's operators: checks, outputs, the current stream. No CUDA
+// header is needed here, and the stream comes from the stable C shim.
+#include <torch/csrc/stable/accelerator.h>
+
+#include <tuple>
+
+#include "check.h"
+#include "objective.h"
+
+namespace pyrl::cuda {
+namespace {
+
+// The tensor's device made current, and that device's current stream.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+void check_launch(int error, const char* op) {
+  PYRL_CHECK(error == 0, "pyrl_native::", op, ": ", error_string(error));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> logits_stats_op(const Tensor& z, const Tensor& target,
+                                                   const Tensor& inv_temperature,
+                                                   double logit_scale, double softcap) {
+  const OnDevice device(z);
+  const LogitsRows rows = logits_rows(z, target, inv_temperature, logit_scale, softcap);
+  const int64_t n = z.size(0);
+  Tensor logprob = output(z, {n}, ScalarType::Float), entropy = output(z, {n}, ScalarType::Float),
+         lse = output(z, {n}, ScalarType::Float);
+  const LogitsStats stats{static_cast<float*>(logprob.data_ptr()),
+                          static_cast<float*>(entropy.data_ptr()),
+                          static_cast<float*>(lse.data_ptr())};
+  check_launch(logits_stats(rows, stats, n, device.stream()), "logits_stats");
+  return {logprob, entropy, lse};
+}
+
+void logits_grad_op(const Tensor& z, const Tensor& target, const Tensor& inv_temperature,
+                    double logit_scale, double softcap, const Tensor& lse, const Tensor& entropy,
+                    const Tensor& c, const Tensor& h, const std::optional<Tensor>& g) {
+  const OnDevice device(z);
+  const LogitsRows rows = logits_rows(z, target, inv_temperature, logit_scale, softcap);
+  const LogitsGrad grad = pyrl::logits_grad(z, lse, entropy, c, h, g);
+  check_launch(logits_grad(rows, grad, z.size(0), device.stream()), "logits_grad_");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> objective_terms_op(
+    const Tensor& logprob, const std::optional<Tensor>& entropy, const std::optional<Tensor>& old,
+    const std::optional<Tensor>& ref, const Tensor& advantage, const Tensor& weight,
+    const Tensor& keep, const Tensor& params) {
+  const OnDevice device(logprob);
+  const double* p = objective_params(params, kParams);
+  ObjectiveOutputs out;
+  const ObjectiveBatch b = objective_batch(logprob, entropy, old, ref, advantage, weight, keep,
+                                           kMetrics, out);
+  // Freed to the stream's allocator on return: later work on the stream comes after the kernel.
+  const Tensor scratch =
+      output(logprob, {policy_objective_scratch(b.tokens)}, ScalarType::Double);
+  check_launch(
+      policy_objective(b, p, static_cast<double*>(scratch.data_ptr()), device.stream()),
+      "objective_terms");
+  return {out.loss, out.c, out.h, out.metrics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_advantage_op(const Tensor& rewards, const Tensor& order,
+                                                      const Tensor& offsets, int64_t method,
+                                                      bool unbiased, double eps) {
+  const OnDevice device(rewards);
+  AdvantageOutputs out;
+  const GroupAdvantage b = advantage_batch(rewards, order, offsets, method, unbiased, eps, out);
+  check_launch(group_advantage(b, device.stream()), "group_advantage_terms");
+  return {out.advantages, out.low, out.high};
+}
+
+}  // namespace pyrl::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(pyrl_native, CUDA, m) {
+  m.impl("logits_stats", TORCH_BOX(&pyrl::cuda::logits_stats_op));
+  m.impl("logits_grad_", TORCH_BOX(&pyrl::cuda::logits_grad_op));
+  m.impl("objective_terms", TORCH_BOX(&pyrl::cuda::objective_terms_op));
+  m.impl("group_advantage_terms", TORCH_BOX(&pyrl::cuda::group_advantage_op));
+}

@@ -1,0 +1,85 @@
+// Raw-pointer declarations of every kernel: no torch in sight, so they can be called from plain C++.
+// Vectors are contiguous fp32 unless said otherwise; n rows, T tokens, V vocabulary.
+#pragma once
+
+#include <cstdint>
+
+namespace pyrl {
+
+enum class DType { kF32, kBF16, kF16 };
+
+// x = softcap(z * logit_scale) * inv_temperature[row], computed in fp32; softcap 0: none.
+struct LogitsRows {
+  void* z;  // [n, V], contiguous; only the gradient kernels write it
+  DType dtype;
+  int64_t vocab;                 // V
+  const int64_t* target;         // [n]; callers on the CPU have checked 0 <= target < V
+  const float* inv_temperature;  // [n]
+  float logit_scale;
+  float softcap;
+};
+
+// lse = logsumexp(x), logprob = x[target] - lse, entropy = -sum p log p; each [n].
+struct LogitsStats {
+  float *logprob, *entropy, *lse;
+};
+
+// dx_v = c (1[v=target] - p_v) - h p_v (log p_v + H) + g p_v, each coefficient [n]; g may be null.
+// z := dx times dx/dz. A row whose coefficients are all 0 becomes exact zeros.
+struct LogitsGrad {
+  const float *lse, *entropy, *c, *h, *g;
+};
+
+// objective.h over a batch; entropy, old, ref may be null. keep is torch's bool.
+struct ObjectiveBatch {
+  int64_t tokens;  // T
+  const float *logprob, *entropy, *old, *ref, *advantage, *weight;
+  const bool* keep;
+  float *c, *h;
+  float* loss;      // 0-d
+  double* metrics;  // [kMetrics]
+};
+
+// Methods of group_advantage, in the order of pyrl.ops.group_advantage.
+enum AdvantageMethod { kGrpo = 0, kMean = 1, kRloo = 2, kPositive = 3, kRaw = 4 };
+
+struct GroupAdvantage {
+  int64_t samples;  // n
+  const float* rewards;
+  const int64_t* order;    // [n]: sample indices sorted by group
+  const int64_t* offsets;  // [n + 1]: group g is order[offsets[g]:offsets[g+1]]
+  int method;
+  bool unbiased;
+  float eps;
+  float *advantages, *low, *high;
+};
+
+namespace cpu {
+
+// Rows [begin, end); one table per instruction set.
+struct RowKernels {
+  const char* name;
+  void (*stats)(const LogitsRows&, const LogitsStats&, int64_t begin, int64_t end);
+  void (*grad)(const LogitsRows&, const LogitsGrad&, int64_t begin, int64_t end);
+};
+RowKernels portable_rows();
+RowKernels avx2_rows();
+RowKernels avx512_rows();
+
+}  // namespace cpu
+
+// Each is one launch on `stream` (a cudaStream_t) of the current device; the result is the
+// cudaError_t of the launch.
+namespace cuda {
+
+// Scratch the caller allocates for policy_objective: doubles.
+int64_t policy_objective_scratch(int64_t tokens);
+int policy_objective(const ObjectiveBatch& batch, const double* params, double* scratch,
+                     void* stream);
+int group_advantage(const GroupAdvantage& batch, void* stream);
+int logits_stats(const LogitsRows& rows, const LogitsStats& stats, int64_t n, void* stream);
+int logits_grad(const LogitsRows& rows, const LogitsGrad& grad, int64_t n, void* stream);
+const char* error_string(int error);
+
+}  // namespace cuda
+}  // namespace pyrl

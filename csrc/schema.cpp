@@ -1,0 +1,19 @@
+// The only schema block: operators of namespace pyrl_native. cpu/ and cuda/ implement them; the
+// fakes are in pyrl/_native.py; what they compute is documented in kernels.h.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pyrl_native, m) {
+  m.def(
+      "logits_stats(Tensor z, Tensor target, Tensor inv_temperature, float logit_scale, "
+      "float softcap) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "logits_grad_(Tensor(a!) z, Tensor target, Tensor inv_temperature, float logit_scale, "
+      "float softcap, Tensor lse, Tensor entropy, Tensor c, Tensor h, Tensor? g) -> ()");
+  m.def(
+      "objective_terms(Tensor logprob, Tensor? entropy, Tensor? old, Tensor? ref, "
+      "Tensor advantage, Tensor weight, Tensor keep, Tensor params) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_advantage_terms(Tensor rewards, Tensor order, Tensor offsets, int method, "
+      "bool unbiased, float eps) -> (Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,55 @@
+"""Every block size and warp count, in one place. Chosen by reading registers, spills and vector
+widths of the compiled kernels (benchmarks/aot_triton.py); re-measure here before changing a kernel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StatsTile(NamedTuple):
+    """A row is read `steps * lanes` logits at a time; each lane keeps its own running maximum, so
+    that the loop over the row needs no exchange between warps."""
+
+    steps: int
+    lanes: int
+    warps: int
+
+
+class Tile(NamedTuple):
+    """`block` elements a program."""
+
+    block: int
+    warps: int
+
+
+class GroupTile(NamedTuple):
+    """`groups` groups a program, `lanes` samples of each at a time."""
+
+    groups: int
+    lanes: int
+    warps: int
+
+
+def stats_tile(vocabulary: int, itemsize: int) -> StatsTile:
+    """16-byte loads: 8 elements of 2 bytes or 4 of 4 bytes a thread and step."""
+    if vocabulary <= 4096:
+        return StatsTile(steps=1, lanes=1024, warps=4)
+    if itemsize == 2:
+        return StatsTile(steps=4, lanes=2048, warps=8)
+    return StatsTile(steps=4, lanes=1024, warps=8)
+
+
+def grad_tile(vocabulary: int, itemsize: int) -> Tile:
+    """One tile a program, so that occupancy hides the loads of the row's scalars."""
+    if vocabulary <= 4096:
+        return Tile(block=1024, warps=4)
+    return Tile(block=4096 if itemsize == 2 else 2048, warps=4)
+
+
+#: Tokens a program of the objective; rows of partial sums its last program adds at a time.
+OBJECTIVE = Tile(block=512, warps=4)
+OBJECTIVE_ROWS = 32
+
+#: 128 lanes keep one group of thousands bearable and cost groups of 8 only idle lanes.
+GROUPS = GroupTile(groups=8, lanes=128, warps=4)

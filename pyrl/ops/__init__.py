@@ -1,0 +1,1 @@
+"""Ops: one public function a file, with its checks and autograd; backends behind one table."""

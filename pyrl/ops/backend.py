@@ -1,0 +1,142 @@
+"""Which implementation runs: argument `backend=` > `PYRL_BACKEND` > the best one for the device.
+
+An explicit choice never falls back: it raises with the reason. The automatic choice is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("pyrl")
+
+#: One line per backend: its module, the device types it serves, in the order automatic choice tries.
+TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "triton": ("pyrl.ops.backends.triton", ("cuda",)),
+    "cuda": ("pyrl.ops.backends.cuda", ("cuda",)),
+    "cpu": ("pyrl.ops.backends.cpu", ("cpu",)),
+    "torch": ("pyrl.ops.backends.torch", ("cpu", "cuda", "mps", "xpu")),
+}
+NAMES = (*TABLE, "reference")
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+class Backend(Protocol):
+    """What a backend file supplies. `n` rows of a chunk of raw logits `z[n, V]`; fp32 vectors."""
+
+    def unavailable_reason(self) -> str | None: ...
+
+    def logits_stats(
+        self, z: Tensor, target: Tensor, inv_temperature: Tensor, logit_scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def logits_grad_(
+        self,
+        z: Tensor,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        lse: Tensor,
+        entropy: Tensor,
+        c: Tensor,
+        h: Tensor,
+        g: Tensor | None,
+    ) -> None: ...
+
+    def objective_terms(
+        self,
+        logprob: Tensor,
+        entropy: Tensor | None,
+        old: Tensor | None,
+        ref: Tensor | None,
+        advantage: Tensor,
+        weight: Tensor,
+        keep: Tensor,
+        params: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    def group_advantage_terms(
+        self,
+        rewards: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        method: int,
+        unbiased: bool,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def load(name: str) -> Backend:
+    """The backend's module; callers have checked that it is usable."""
+    module: ModuleType = importlib.import_module(TABLE[name][0])
+    return cast(Backend, module)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _reason(name: str) -> str | None:
+    # A fact of the machine, so a traced graph may hold its value.
+    return load(name).unavailable_reason()
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name → None if it is usable here, else the printable reason why not."""
+    reasons: dict[str, str | None] = {name: load(name).unavailable_reason() for name in TABLE}
+    reasons["reference"] = None
+    return reasons
+
+
+def select(backend: str | None, device: torch.device) -> str:
+    """The name of the backend that runs on `device`.
+
+    Raises ValueError for an unknown name or a device the backend does not serve, and
+    BackendUnavailableError with the reason when it is known but unusable here.
+    """
+    choice = backend or os.environ.get("PYRL_BACKEND") or None
+    if choice is None:
+        return _automatic(device.type)
+    if choice not in NAMES:
+        source = "backend" if backend else "PYRL_BACKEND"
+        raise ValueError(f"{source}={choice!r}: expected one of {sorted(NAMES)}")
+    if choice == "reference":
+        return choice
+    reason = _reason(choice)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {choice!r} is not usable here: {reason}")
+    if device.type not in TABLE[choice][1] and not _interprets(choice, device):
+        raise ValueError(
+            f"backend={choice!r} serves {' and '.join(TABLE[choice][1])} tensors, "
+            f"but the inputs are on {device}"
+        )
+    return choice
+
+
+def _interprets(name: str, device: torch.device) -> bool:
+    # Triton's interpreter runs kernels on CPU tensors: correctness checks without a GPU.
+    return name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _automatic(device_type: str) -> str:
+    skipped = []
+    for name, (_, devices) in TABLE.items():
+        if device_type not in devices:
+            continue
+        reason = load(name).unavailable_reason()
+        if reason is None:
+            note = f" (not {'; '.join(skipped)})" if skipped else ""
+            logger.info("pyrl backend for %s: %s%s", device_type, name, note)
+            return name
+        skipped.append(f"{name}: {reason}")
+    raise BackendUnavailableError(f"no backend serves {device_type} tensors: {'; '.join(skipped)}")

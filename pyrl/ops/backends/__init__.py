@@ -1,0 +1,1 @@
+"""One file per backend, each with the functions of `pyrl.ops.backend.Backend`."""

@@ -1,0 +1,20 @@
+"""C++ kernels for the CPU (csrc/cpu), AVX-512 or AVX2 chosen at run time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyrl import _native
+
+
+def unavailable_reason() -> str | None:
+    return _native.native_reason()
+
+
+def __getattr__(name: str) -> Any:
+    # The registered ops carry the backend's own names; they exist once the library is loaded.
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(torch.ops.pyrl_native, name)

@@ -1,0 +1,40 @@
+"""Triton kernels (kernels/, shipped as pyrl.kernels), compiled on a GPU or interpreted on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyrl.kernels import unavailable_reason
+
+__all__ = [
+    "group_advantage_terms",
+    "logits_grad_",
+    "logits_stats",
+    "objective_terms",
+    "unavailable_reason",
+]
+
+
+# Imported on first call: triton itself is optional, and reads TRITON_INTERPRET when it is imported.
+def logits_stats(*args: Any) -> Any:
+    from pyrl.kernels import logits
+
+    return logits.logits_stats(*args)
+
+
+def logits_grad_(*args: Any) -> Any:
+    from pyrl.kernels import logits
+
+    return logits.logits_grad_(*args)
+
+
+def objective_terms(*args: Any) -> Any:
+    from pyrl.kernels import objective
+
+    return objective.objective_terms(*args)
+
+
+def group_advantage_terms(*args: Any) -> Any:
+    from pyrl.kernels import group_advantage
+
+    return group_advantage.group_advantage_terms(*args)

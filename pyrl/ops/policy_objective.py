@@ -1,0 +1,190 @@
+"""Narrow waist 2: all loss mathematics on `[T]` vectors; knows no logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyrl.ops.backend import load, select
+from pyrl.ops.objective import policy_objective_terms
+from pyrl.ops.shapes import Layout, check_finite, flat_float, layout, per_token, token_weights
+from pyrl.ops.spec import METRICS, LossSpec
+
+
+#: Backends that differentiate the formula itself instead of returning closed-form gradients.
+FORMULA_BACKENDS = ("reference", "torch")
+
+
+class PolicyLoss(NamedTuple):
+    """A loss with its metrics, and the detached log-probs and entropies where logits were given."""
+
+    loss: Tensor
+    """fp32 0-d."""
+    metrics: dict[str, Tensor]
+    """float64 0-d sums and counts (`METRICS`, "sequences"); `reduce_metrics` merges them."""
+    logprob: Tensor | None = None
+    """fp32, shaped like target, detached."""
+    entropy: Tensor | None = None
+    """fp32, shaped like target, detached."""
+
+
+class Fields(NamedTuple):
+    """Per-token inputs of the objective: fp32 [T], detached; `keep` bool [T]."""
+
+    old: Tensor | None
+    ref: Tensor | None
+    advantage: Tensor
+    weight: Tensor
+    keep: Tensor
+
+
+def policy_objective(
+    logprob: Tensor,
+    advantages: Tensor,
+    spec: LossSpec,
+    *,
+    entropy: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """sum_t weight_t (policy_t + kl_coef KL_t - entropy_coef H_t) over kept tokens (see LossSpec).
+
+    logprob [T] with `cu_seqlens` [B + 1], or [B, L] with `mask`; both give the same loss ·
+    advantages shaped like logprob (per token), else [B] (per sequence) · entropy, old_logprob,
+    ref_logprob like logprob; old None or NaN at t = on-policy there (ratio 1, with gradient); ref
+    NaN at t = no KL there · mask true = token carries loss · weights for aggregation="weighted" ·
+    denominator: tokens (token_mean, weighted) or sequences of the whole optimizer step.
+
+    Differentiable in logprob and entropy. ValueError names a wrong shape, device, missing input,
+    or (on the CPU) a non-finite advantage and its position. NotImplementedError for
+    `rollout_logprob`: no rollout correction is built yet.
+    """
+    if not logprob.is_floating_point():
+        raise ValueError(f"logprob: expected a floating dtype, got {logprob.dtype}")
+    where = layout(logprob, mask, cu_seqlens)
+    name = select(backend, logprob.device)
+    fields = collect(
+        where,
+        spec,
+        advantages,
+        old_logprob=old_logprob,
+        ref_logprob=ref_logprob,
+        rollout_logprob=rollout_logprob,
+        weights=weights,
+        denominator=denominator,
+    )
+    if entropy is None and spec.needs_entropy:
+        raise ValueError(f"LossSpec.entropy_coef={spec.entropy_coef} needs entropy")
+    if entropy is not None:
+        flat_float("entropy", entropy, where)
+        entropy = entropy.reshape(-1)
+    flat = logprob.reshape(-1)
+    # Autograd carries the gradient back through these casts to the caller's dtype.
+    if name == "reference":
+        flat, fields = flat.double(), as_double(fields)
+        entropy = None if entropy is None else entropy.double()
+    else:
+        flat = flat.float().contiguous()
+        entropy = None if entropy is None else entropy.float().contiguous()
+    if name in FORMULA_BACKENDS:
+        loss, metrics = policy_objective_terms(flat, entropy, *fields, spec)
+    else:
+        loss, _, _, metrics = _policy_objective(flat, entropy, *fields, spec.to_json(), name)
+    return PolicyLoss(loss.float(), named_metrics(metrics.detach(), where))
+
+
+def collect(
+    where: Layout,
+    spec: LossSpec,
+    advantages: Tensor,
+    *,
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    weights: Tensor | None,
+    denominator: float | Tensor | None,
+) -> Fields:
+    """Checks the caller's fields and flattens them; shared by every policy loss."""
+    if not isinstance(spec, LossSpec):
+        raise ValueError(f"spec: expected a LossSpec, got {type(spec).__name__}")
+    if rollout_logprob is not None:
+        raise NotImplementedError(
+            "rollout_logprob: rollout correction is not implemented by any backend yet"
+        )
+    if spec.needs_ref and ref_logprob is None:
+        raise ValueError(f"LossSpec.kl_coef={spec.kl_coef} needs ref_logprob")
+    old = flat_float("old_logprob", old_logprob, where)
+    if old is not None:
+        check_finite("old_logprob", old, where.keep & ~old.isnan())
+    return Fields(
+        old,
+        flat_float("ref_logprob", ref_logprob, where),
+        per_token("advantages", advantages, where),
+        token_weights(spec, where, weights, denominator),
+        where.keep,
+    )
+
+
+def as_double(fields: Fields) -> Fields:
+    """The same fields in float64, for the oracle."""
+    return Fields(
+        *(v if v is None or v.dtype == torch.bool else v.double() for v in fields)
+    )
+
+
+def named_metrics(metrics: Tensor, where: Layout) -> dict[str, Tensor]:
+    """The metrics vector by name, and the number of sequences with a kept token if known."""
+    named = dict(zip(METRICS, metrics.unbind(), strict=True))
+    if where.cu_seqlens is not None:
+        running = torch.cat([where.keep.new_zeros(1).double(), where.keep.double().cumsum(0)])
+        named["sequences"] = (running[where.cu_seqlens].diff() > 0).sum().double()
+    return named
+
+
+@torch.library.custom_op("pyrl::policy_objective", mutates_args=())
+def _policy_objective(
+    logprob: Tensor,
+    entropy: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    advantage: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    spec: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, dloss/dlogprob, dloss/dentropy, metrics: one pass gives the loss and its gradient."""
+    params = LossSpec.from_json(spec).params()
+    return load(backend).objective_terms(
+        logprob, entropy, old, ref, advantage, weight, keep, params
+    )
+
+
+@_policy_objective.register_fake
+def _(logprob, entropy, old, ref, advantage, weight, keep, spec, backend):  # type: ignore[no-untyped-def]
+    metrics = logprob.new_empty(len(METRICS), dtype=torch.float64)
+    return logprob.new_empty(()), torch.empty_like(logprob), torch.empty_like(logprob), metrics
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.has_entropy = inputs[1] is not None
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _backward(ctx, g, *_):  # type: ignore[no-untyped-def]
+    c, h = ctx.saved_tensors
+    # Selecting keeps 0 * inf out of tokens that have no gradient.
+    dlogprob = torch.where(c != 0, c * g, 0.0)
+    dentropy = torch.where(h != 0, h * g, 0.0) if ctx.has_entropy else None
+    return dlogprob, dentropy, *([None] * 7)
+
+
+_policy_objective.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,172 @@
+"""linear_logprob on every backend against the float64 oracle, forward and all three gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pyrl
+from pyrl.ops.linear_logprob import _linear_logprob, _linear_logprob_backward
+from pyrl.parity import DEVICE, MARGIN, relative, serving
+
+# V: one token; a prime; a padded vocabulary's odd size past one vector and one tile.
+SIZES = [(5, 8, 1), (1, 16, 17), (33, 24, 1031), (3, 8, 32001)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(t, d, v, dtype, *, seed=0, bias=False):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(t, d, generator=g).to(DEVICE, dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=g).to(DEVICE, dtype).requires_grad_()
+    b = torch.randn(v, generator=g).to(DEVICE, dtype).requires_grad_() if bias else None
+    target = torch.randint(0, v, (t,), generator=g).to(DEVICE)
+    mask = (torch.rand(t, generator=g) > 0.3).to(DEVICE)
+    coefficients = torch.randn(3, t, generator=g).to(DEVICE)
+    return hidden, weight, b, target, mask, coefficients
+
+
+def run(backend, hidden, weight, bias, target, mask, coefficients, **options):
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    for leaf in leaves:
+        leaf.grad = None
+    out = pyrl.linear_logprob(
+        hidden, weight, target, bias=bias, mask=mask, backend=backend, **options
+    )
+    sum((c * v).sum() for c, v in zip(coefficients, out, strict=True)).backward()
+    return [*out, *(x.grad for x in leaves)]
+
+
+def plain(hidden, weight, bias, target, mask, coefficients, *, temperature=1.0, softcap=None,
+          logit_scale=1.0):  # fmt: skip
+    """The same by plain torch in the inputs' dtype: its error is the yardstick."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    z = torch.nn.functional.linear(*leaves[:2], *leaves[2:]).float() * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    t = temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
+    logp = (z / t).log_softmax(-1)
+    chosen = logp.gather(1, target[:, None])[:, 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    out = [torch.where(mask, v, 0.0) for v in (chosen, entropy, (z / t).logsumexp(-1))]
+    sum((c * v).sum() for c, v in zip(coefficients, out, strict=True)).backward()
+    return [*out, *(x.grad for x in leaves)]
+
+
+def assert_parity(backend, dtype, args, **options):
+    truth = run("reference", *args, **options)
+    truth64 = [v.double() for v in truth]
+    for name, ours, theirs, exact in zip(
+        ("logprob", "entropy", "lse", "dhidden", "dweight", "dbias"),
+        run(backend, *args, **options),
+        plain(*args, **options),
+        truth64,
+        strict=False,
+    ):
+        bound = relative(theirs, exact) + MARGIN[dtype]
+        assert relative(ours, exact) <= bound, (name, relative(ours, exact), bound)
+
+
+@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_parity(backend, dtype, size):
+    assert_parity(backend, dtype, inputs(*size, dtype, bias=True))
+
+
+@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_head_options(backend, dtype):
+    args = inputs(21, 16, 301, dtype)
+    temperature = torch.linspace(0.5, 2.0, 21).to(DEVICE)
+    assert_parity(backend, dtype, args, temperature=temperature, softcap=15.0, logit_scale=0.5)
+
+
+@pytest.mark.parametrize("backend", serving())
+def test_many_chunks_equal_one(backend, monkeypatch):
+    args = inputs(50, 16, 97, torch.float32)
+    whole = run(backend, *args)
+    monkeypatch.setattr("pyrl.ops.linear_logprob.CHUNK_BYTES", {"cpu": 7 * 97 * 4, "cuda": 7 * 97 * 4})
+    for one, many in zip(whole, run(backend, *args), strict=True):
+        assert relative(many, one) <= 1e-6  # fp32 sums of the same numbers in another order
+
+
+@pytest.mark.parametrize("backend", serving())
+def test_infinite_logits_and_nothing_kept(backend):
+    hidden, weight, _, target, mask, coefficients = inputs(9, 8, 40, torch.float32)
+    bias = torch.zeros(40, device=DEVICE)
+    bias[1::2] = -torch.inf
+    target = target // 2 * 2
+    args = (hidden, weight, bias.requires_grad_(), target, mask, coefficients)
+    for ours, exact in zip(run(backend, *args), run("reference", *args), strict=True):
+        assert relative(ours, exact) <= 1e-5
+    hidden.data[~mask] = torch.nan  # what is masked may hold anything
+    out = run(backend, *args)
+    assert all(bool(v.isfinite().all()) for v in out)
+    nothing = run(backend, hidden, weight, bias, target, torch.zeros_like(mask), coefficients)
+    assert all(not v.any() for v in nothing)
+
+
+@pytest.mark.parametrize("backend", serving())
+def test_empty(backend):
+    out = run(backend, *inputs(0, 8, 11, torch.float32))
+    assert [tuple(v.shape) for v in out] == [(0,), (0,), (0,), (0, 8), (11, 8)]
+
+
+@pytest.mark.parametrize("backend", serving())
+@settings(max_examples=15, deadline=None)
+@given(t=st.integers(1, 20), d=st.integers(1, 12), v=st.integers(1, 70), seed=st.integers(0, 99))
+def test_property_padded_equals_packed_equals_oracle(backend, t, d, v, seed):
+    args = inputs(t, d, v, torch.float32, seed=seed)
+    assert_parity(backend, torch.float32, args)
+    hidden, weight, _, target, mask, _ = args
+    flat = pyrl.linear_logprob(hidden, weight, target, mask=mask, backend=backend)
+    padded = pyrl.linear_logprob(
+        hidden[None], weight, target[None], mask=mask[None], backend=backend
+    )
+    assert torch.equal(flat.logprob, padded.logprob[0])
+
+
+@pytest.mark.parametrize("backend", serving())
+def test_opcheck(backend):
+    h, w, b, y, mask, co = inputs(6, 8, 13, torch.float32, bias=True)
+    inv = torch.ones(6, device=DEVICE)
+    torch.library.opcheck(_linear_logprob, (h, w, y, b, inv, mask, 0.0, 1.0, backend))
+    _, entropy, lse = _linear_logprob(h, w, y, b, inv, mask, 0.0, 1.0, backend)
+    rest = (entropy.detach(), lse.detach(), *co, 0.0, 1.0, backend, True, True, True)
+    detached = (h.detach(), w.detach(), y, b.detach(), inv, mask)
+    torch.library.opcheck(_linear_logprob_backward, (*detached, *rest))
+
+
+def test_bad_input_names_itself():
+    h, w, _, y, mask, _ = inputs(6, 8, 13, torch.float32)
+    bad = y.clone()
+    bad[4] = 13
+    with pytest.raises(ValueError, match=r"target\[4\] = 13 .*\[0, 13\)"):
+        pyrl.linear_logprob(h, w, bad)
+    pyrl.linear_logprob(h, w, bad, mask=torch.arange(6, device=DEVICE) != 4)  # masked: never read
+    with pytest.raises(ValueError, match=r"hidden: expected shape \(6, 7\), got \(6, 8\)"):
+        pyrl.linear_logprob(h, w[:, :7], y)
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        pyrl.linear_logprob(h, w, y, mask=mask[:3])
+    with pytest.raises(ValueError, match="integer token ids"):
+        pyrl.linear_logprob(h, w, y.float())
+    with pytest.raises(ValueError, match="temperature=0"):
+        pyrl.linear_logprob(h, w, y, temperature=0.0)
+    with pytest.raises(ValueError, match="backend='fast'"):
+        pyrl.linear_logprob(h, w, y, backend="fast")
+    with pytest.raises(NotImplementedError, match="support"):
+        pyrl.linear_logprob(h, w, y, support=object())
+
+
+def test_an_explicit_backend_never_falls_back():
+    h, w, _, y, _, _ = inputs(6, 8, 13, torch.float32)
+    for name, reason in pyrl.backends().items():
+        if reason is not None:
+            with pytest.raises(pyrl.BackendUnavailableError, match="not usable here"):
+                pyrl.linear_logprob(h, w, y, backend=name)
+
+
+def test_environment_variable_chooses_and_names_itself(monkeypatch):
+    h, w, _, y, _, _ = inputs(6, 8, 13, torch.float32)
+    monkeypatch.setenv("PYRL_BACKEND", "quick")
+    with pytest.raises(ValueError, match="PYRL_BACKEND='quick'"):
+        pyrl.linear_logprob(h, w, y)
