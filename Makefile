@@ -18,10 +18,10 @@ quickstart: $(STAMPS)/$(if $(filter vllm,$(ROLLOUT)),vllm,pyrl) ## teach SmolLM2
 	$(BIN)/pyrl train recipes/quickstart.toml --rollout.engine $(ROLLOUT) --train.seed $(SEED) --run $(RUN)
 
 test: $(STAMPS)/test ## the test suite
-	$(BIN)/python -m pytest -q -m "not slow and not vllm"
+	$(BIN)/pytest -q -m "not slow and not vllm"
 
 test-vllm: $(STAMPS)/vllm $(STAMPS)/test ## the tests that run the real vLLM
-	$(BIN)/python -m pytest -q -m vllm
+	$(BIN)/pytest -q -m vllm
 
 bench: $(STAMPS)/bench ## benchmarks against the strongest peers
 	$(BIN)/python benchmarks/run.py
@@ -33,7 +33,7 @@ lint: $(STAMPS)/dev ## ruff and mypy
 
 aot: $(STAMPS)/test ## compile every GPU kernel without a GPU; print registers and spills
 	$(BIN)/python benchmarks/aot_cuda.py
-	$(BIN)/python benchmarks/aot_triton.py
+	$(BIN)/python -m benchmarks.aot_triton
 
 gpu-check: ## on a GPU machine: build, tests on the GPU, the benchmark grid (JSONL to $$OUT)
 	bash benchmarks/gpu_check.sh

@@ -114,8 +114,9 @@ class CMakeBuild(build_ext):
         pybind11 = subprocess.check_output(
             [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
         ).strip()
+        cmake = str(tool("cmake"))  # choose() has found it
         configure = [
-            tool("cmake"), "-S", str(ROOT), "-B", str(self.libraries_at),
+            cmake, "-S", str(ROOT), "-B", str(self.libraries_at),
             "-DCMAKE_BUILD_TYPE=" + ("Debug" if self.debug else "Release"),
             f"-DPYRL_TORCH={torch_folder()}",
             f"-DPYRL_CUDA={'ON' if 'pyrl._C_cuda' in names else 'OFF'}",
@@ -131,9 +132,7 @@ class CMakeBuild(build_ext):
                 configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['PYRL_CUDA_ARCHS']}")
         jobs = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
         subprocess.run(configure, check=True)
-        subprocess.run(
-            [tool("cmake"), "--build", str(self.libraries_at), "--parallel", jobs], check=True
-        )
+        subprocess.run([cmake, "--build", str(self.libraries_at), "--parallel", jobs], check=True)
 
     def build_extension(self, ext: Extension) -> None:
         built = self.libraries_at / "lib" / Path(self.get_ext_filename(ext.name)).name
@@ -157,7 +156,7 @@ class BuildPython(build_py):
 setup(
     packages=[*find_packages(include=["pyrl", "pyrl.*"]), "pyrl.kernels"],
     package_dir={"pyrl.kernels": "kernels"},
-    package_data={"pyrl": ["py.typed"]},
+    package_data={"pyrl": ["py.typed"], "pyrl.trainer": ["page/*"]},
     ext_modules=[Extension(name, sources=[]) for name in choose()],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
 )

@@ -1,4 +1,4 @@
-// Raw-pointer declarations of every kernel: no torch in sight, so they can be called from plain C++.
+// Raw-pointer declarations of every kernel: no torch in sight, plain C++ can call them.
 // Vectors are contiguous fp32 unless said otherwise; n rows, T tokens, V vocabulary.
 #pragma once
 

@@ -48,8 +48,8 @@ def grad_tile(vocabulary: int, itemsize: int) -> Tile:
 
 
 #: Tokens a program of the objective; rows of partial sums its last program adds at a time.
-OBJECTIVE = Tile(block=512, warps=4)
+OBJECTIVE = Tile(block=512, warps=8)
 OBJECTIVE_ROWS = 32
 
 #: 128 lanes keep one group of thousands bearable and cost groups of 8 only idle lanes.
-GROUPS = GroupTile(groups=8, lanes=128, warps=4)
+GROUPS = GroupTile(groups=4, lanes=128, warps=4)

@@ -7,15 +7,14 @@ built leaves a printable reason; a library that is there but does not load raise
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).resolve().parent
-
-
 _PURE = "was not built: a pure-Python install (PYRL_BUILD=cpu says which tool is missing)"
 
 
@@ -37,9 +36,17 @@ def _load_cuda() -> str | None:
     return "pyrl/_C_cuda.so was not built: reinstall where nvcc is (PYRL_BUILD=cuda demands it)"
 
 
+def _load_host() -> str | None:
+    # Only beside this file: an editable install elsewhere must not lend its module.
+    if PathFinder.find_spec("_host", [str(_FOLDER)]) is None:
+        return f"pyrl/_host {_PURE}"
+    importlib.import_module("pyrl._host")
+    return None
+
+
 _CPU_REASON = None if _load("_C") else f"pyrl/_C.so {_PURE}"
 _CUDA_REASON = _load_cuda()
-_HOST_REASON = None if importlib.util.find_spec("pyrl._host") else f"pyrl/_host {_PURE}"
+_HOST_REASON = _load_host()
 
 
 def native_reason() -> str | None:
@@ -53,7 +60,7 @@ def cuda_reason() -> str | None:
 
 
 def host_reason() -> str | None:
-    """None if `pyrl._host` was built, else why not."""
+    """None if the planners of `pyrl._host` are loaded, else why not."""
     return _HOST_REASON
 
 

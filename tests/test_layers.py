@@ -70,7 +70,9 @@ def test_imports_go_downward():
 
 
 def test_vllm_stays_in_one_file():
-    users = {m for path, m in modules() for name in imports(path, m) if name.split(".")[0] == "vllm"}
+    users = {
+        m for path, m in modules() for name in imports(path, m) if name.split(".")[0] == "vllm"
+    }
     assert users <= {"pyrl.rollout.vllm_engine", "pyrl.env_report"}, users
 
 
@@ -84,7 +86,9 @@ def test_kernels_import_torch_and_triton_only():
 
 def test_benchmarks_never_import_tests():
     for path in (ROOT / "benchmarks").rglob("*.py"):
-        assert not any(name.split(".")[0] == "tests" for name in imports(path, "benchmarks.x")), path
+        assert not any(name.split(".")[0] == "tests" for name in imports(path, "benchmarks.x")), (
+            path
+        )
 
 
 def test_files_are_short():

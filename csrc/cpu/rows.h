@@ -24,7 +24,7 @@ struct Transform {
   float slope;           // dx/dz at 0
 
   Transform(const LogitsRows& rows, int64_t row) {
-    const float inv_temperature = rows.inv_temperature[row];
+    const float inv_temperature = quiet_nan(rows.inv_temperature[row]);
     slope = inv_temperature * rows.logit_scale;
     factor = kCapped ? rows.logit_scale / rows.softcap : slope;
     outer = rows.softcap * inv_temperature;
@@ -134,25 +134,26 @@ void row_grad(const LogitsRows& rows, const LogitsGrad& in, int64_t row) {
   const int64_t target = rows.target[row];
   const auto at_target = transform.apply(transform, load_first<D>(z + target, 1));
   const float target_dx = target_gradient(at_target.x[0], lse, entropy, c, h, g);
-  const Float target_dz = splat(target_dx * at_target.slope[0]);
+  const Float target_dz = splat(quiet_nan(target_dx * at_target.slope[0]));
 
   if (lse == -__builtin_inff()) {  // every logit is -inf: all p are 0
     std::memset(z, 0, rows.vocab * sizeof *z);
   } else {
-    const float base = g - c - (h != 0 ? h * entropy : 0.0f);  // dx = p (base - h log p)
+    // dx = p (base - h log p)
+    const float base = quiet_nan(g - c - (h != 0 ? h * entropy : 0.0f)), slant = quiet_nan(h);
+    const float shift = quiet_nan(lse);
     const auto dz = [&](Float raw) __attribute__((always_inline)) {
       const auto v = transform.apply(transform, raw);
-      const Exp p = exp_or_zero(v.x - lse);
-      const Float d = p.value * (base - h * p.argument) * v.slope;
-      // 1 - tanh^2 is 0 where x saturates; 0 times an infinite raw logit never occurs above.
-      return d;
+      const Exp p = exp_or_zero(v.x - shift);
+      return p.value * (base - slant * p.argument) * v.slope;
     };
     int64_t i = 0;
     for (; i + kUnroll * kWidth <= rows.vocab; i += kUnroll * kWidth) {
+      Float v[kUnroll];
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u) {
-        E::store(z + i + u * kWidth, dz(E::load(z + i + u * kWidth)));
-      }
+      for (int u = 0; u < kUnroll; ++u) v[u] = dz(E::load(z + i + u * kWidth));
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) E::store(z + i + u * kWidth, v[u]);
     }
     for (; i + kWidth <= rows.vocab; i += kWidth) E::store(z + i, dz(E::load(z + i)));
     const int rest = static_cast<int>(rows.vocab - i);

@@ -8,12 +8,18 @@
 
 #include "kernels.h"
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #ifndef PYRL_WIDTH
 #error "define PYRL_WIDTH, floats in a vector, before including this file"
+#endif
+
+#if defined(__AVX512F__) && PYRL_WIDTH == 16
+#define PYRL_AVX512 1
+#elif defined(__AVX2__) && defined(__F16C__) && PYRL_WIDTH == 8
+#define PYRL_AVX2 1
 #endif
 
 #define PYRL_INLINE static inline __attribute__((always_inline))
@@ -32,10 +38,10 @@ PYRL_INLINE Float from_bits(UInt x) { return reinterpret_cast<Float>(x); }
 
 // a > b ? a : b, hence b where either is NaN
 PYRL_INLINE Float max_or_second(Float a, Float b) {
-#if defined(__AVX512F__) && PYRL_WIDTH == 16
-  return reinterpret_cast<Float>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-#elif defined(__AVX2__) && PYRL_WIDTH == 8
-  return reinterpret_cast<Float>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#if PYRL_AVX512
+  return _mm512_max_ps(a, b);
+#elif PYRL_AVX2
+  return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -51,6 +57,40 @@ PYRL_INLINE double horizontal_sum(Float v) {
   double s = 0;
   for (int i = 0; i < kWidth; ++i) s += v[i];
   return s;
+}
+
+// x, or the NaN without a payload: the others (the GPU's has all bits set) are unsafe to round.
+PYRL_INLINE float quiet_nan(float x) { return x == x ? x : __builtin_nanf(""); }
+
+// 16-bit elements, zero-extended. Intrinsics where the compiler's own conversion of 16 bits takes
+// the vector apart.
+PYRL_INLINE UInt load_widened(const uint16_t* p) {
+#if PYRL_AVX512
+  return reinterpret_cast<UInt>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif PYRL_AVX2
+  return reinterpret_cast<UInt>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Short v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, UInt);
+#endif
+}
+
+// The low 16 bits of every lane, whose high bits are 0.
+PYRL_INLINE void store_low_halves(uint16_t* p, UInt v) {
+#if PYRL_AVX512
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
+#elif PYRL_AVX2
+  const __m256i lanes = reinterpret_cast<__m256i>(v), packed = _mm256_packus_epi32(lanes, lanes);
+  const __m256i ordered = _mm256_permute4x64_epi64(packed, 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(ordered));
+#else
+  const Short s = __builtin_convertvector(v, Short);
+  std::memcpy(p, &s, sizeof s);
+#endif
 }
 
 // ---- loads and stores of one vector, converting to and from the logits' dtype ----
@@ -72,42 +112,35 @@ struct Element<pyrl::DType::kF32> {
 template <>
 struct Element<pyrl::DType::kBF16> {
   typedef uint16_t type;
-  PYRL_INLINE Float load(const type* p) {
-    Short v;
-    std::memcpy(&v, p, sizeof v);
-    return from_bits(__builtin_convertvector(v, UInt) << 16);
-  }
-  PYRL_INLINE void store(type* p, Float v) {  // round to nearest even
+  PYRL_INLINE Float load(const type* p) { return from_bits(load_widened(p) << 16); }
+  // Rounds to nearest even. A NaN must have no payload in its low 16 bits (see quiet_nan): there a
+  // carry would turn it into another number.
+  PYRL_INLINE void store(type* p, Float v) {
     const UInt b = bits(v);
-    UInt r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-    r = v == v ? r : (UInt{} + 0x7fc0);  // rounding up could carry a NaN into another number
-    const Short s = __builtin_convertvector(r, Short);
-    std::memcpy(p, &s, sizeof s);
+    store_low_halves(p, (b + 0x7fff + ((b >> 16) & 1)) >> 16);
   }
 };
 
 template <>
 struct Element<pyrl::DType::kF16> {
   typedef uint16_t type;
-#if defined(__AVX512F__) && PYRL_WIDTH == 16
+#if PYRL_AVX512
   PYRL_INLINE Float load(const type* p) {
-    return reinterpret_cast<Float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   PYRL_INLINE void store(type* p, Float v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
   }
-#elif defined(__F16C__) && PYRL_WIDTH == 8
+#elif PYRL_AVX2
   PYRL_INLINE Float load(const type* p) {
-    return reinterpret_cast<Float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   PYRL_INLINE void store(type* p, Float v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
   }
 #else
   PYRL_INLINE Float load(const type* p) {
-    Short v;
-    std::memcpy(&v, p, sizeof v);
-    const UInt h = __builtin_convertvector(v, UInt);
+    const UInt h = load_widened(p);
     const UInt magnitude = (h & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
     const UInt normal = magnitude + ((127 - 15) << 23);
     // Subnormals: give them an implicit bit, then subtract it as a float.
@@ -123,8 +156,7 @@ struct Element<pyrl::DType::kF16> {
     const UInt normal = (b + 0xc8000fffu + ((b >> 13) & 1)) >> 13;  // exponent - 112, ties to even
     UInt r = b < 0x38800000 ? small : normal;
     r = b >= 0x47800000 ? (b > 0x7f800000 ? UInt{} + 0x7e00 : UInt{} + 0x7c00) : r;
-    const Short s = __builtin_convertvector(r | (sign >> 16), Short);
-    std::memcpy(p, &s, sizeof s);
+    store_low_halves(p, r | (sign >> 16));
   }
 #endif
 };
@@ -148,38 +180,52 @@ PYRL_INLINE void store_first(typename Element<D>::type* p, Float v, int count) {
 
 // ---- exp and tanh ----
 
-constexpr float kExpFloor = -87.33654f;  // log of the smallest normal fp32; below it exp is 0 here
-
-// exp(x) for x in [kExpFloor, 88], error <= 1.1e-7 relative; NaN stays NaN.
-PYRL_INLINE Float exp_in_range(Float x) {
-  // x = n log 2 + r: adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. The high
-  // part of log 2 has 9 bits, so n times it is exact with or without a fused multiply-add.
-  const Float magic = splat(12582912.0f);
-  const Float shifted = x * 1.44269504088896341f + magic;
-  const Float n = shifted - magic;
-  Float r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  // Minimax on |r| <= log(2) / 2 with p(0) = 1: error 2e-9.
+// e^r for |r| <= log(2) / 2: minimax with p(0) = 1, error 2e-9.
+PYRL_INLINE Float exp_reduced(Float r) {
   Float p = splat(1.3843607157468796e-3f);
   p = p * r + 8.374195545911789e-3f;
   p = p * r + 4.166800528764725e-2f;
   p = p * r + 0.16666430234909058f;
   p = p * r + 0.4999999403953552f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return from_bits(bits(p) + (bits(shifted) << 23));
+  return p * r + 1.0f;
+}
+
+// x - n log(2). The high part has 9 bits, so n times it is exact even without a fused multiply-add.
+PYRL_INLINE Float reduce(Float x, Float n) {
+  const Float r = x - n * 0.693359375f;
+  return r - n * -2.12194440e-4f;
 }
 
 struct Exp {
-  Float argument;  // max(x, kExpFloor): finite where exp(x) is 0, so that 0 times it is 0
-  Float value;     // exp(x), exactly 0 for x < kExpFloor
+  Float argument;  // max(x, floor): finite where exp(x) is 0, so that 0 times it is 0
+  Float value;     // exp(x), error <= 1.1e-7 relative; 0 below the floor; NaN stays NaN
 };
 
+#if PYRL_AVX512
+
+// The scaling by 2^n underflows by itself: exp(-104) rounds to 0.
 PYRL_INLINE Exp exp_or_zero(Float x) {
-  const Float clamped = max_or_second(splat(kExpFloor), x);
-  const Float e = exp_in_range(clamped);
-  return {clamped, x < kExpFloor ? Float{} : e};
+  const Float clamped = max_or_second(splat(-104.0f), x);
+  const Float n = _mm512_roundscale_ps(clamped * 1.44269504088896341f, 0);
+  const Float p = exp_reduced(reduce(clamped, n));
+  return {clamped, _mm512_scalef_ps(p, n)};
 }
+
+#else
+
+PYRL_INLINE Exp exp_or_zero(Float x) {
+  const Float floor = splat(-87.33654f);  // log of the smallest normal fp32
+  const Float clamped = max_or_second(floor, x);
+  // Adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits.
+  const Float magic = splat(12582912.0f);
+  const Float shifted = clamped * 1.44269504088896341f + magic;
+  const Float p = exp_reduced(reduce(clamped, shifted - magic));
+  const Float e = from_bits(bits(p) + (bits(shifted) << 23));
+  return {clamped, x < floor ? Float{} : e};
+}
+
+#endif
 
 PYRL_INLINE Float tanh(Float x) {
   const Float a = from_bits(bits(x) & 0x7fffffffu);
@@ -191,7 +237,7 @@ PYRL_INLINE Float tanh(Float x) {
   p = p * s + -3.33332819422e-1f;
   const Float small = a + a * s * p;
   const Float saturated = a > 10.0f ? splat(10.0f) : a;  // tanh(10) rounds to 1
-  const Float large = 1.0f - 2.0f / (exp_in_range(saturated + saturated) + 1.0f);
+  const Float large = 1.0f - 2.0f / (exp_or_zero(saturated + saturated).value + 1.0f);
   const Float t = a < 0.625f ? small : large;
   return from_bits(bits(t) | (bits(x) & 0x80000000u));
 }

@@ -3,13 +3,14 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "best_fit.h"
 
 namespace py = pybind11;
 
-// Only int64 arrays are taken: a silent cast of floating lengths would hide a caller's mistake.
-using Int64 = py::array_t<int64_t, py::array::c_style>;
+// Any strides, but only int64: a silent cast of floating lengths would hide a caller's mistake.
+using Int64 = py::array_t<int64_t, 0>;
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Planners over integer arrays.";
@@ -21,10 +22,13 @@ PYBIND11_MODULE(_host, m) {
                                 std::to_string(lengths.ndim()) + " dimensions");
         }
         const int64_t n = lengths.shape(0);
-        const int64_t* length = lengths.data();
+        const auto view = lengths.unchecked<1>();
+        std::vector<int64_t> length(static_cast<size_t>(n));
         for (int64_t i = 0; i < n; ++i) {
+          length[i] = view(i);
           if (length[i] < 0 || length[i] > capacity) {
-            throw py::value_error("lengths[" + std::to_string(i) + "]=" + std::to_string(length[i]) +
+            throw py::value_error("lengths[" + std::to_string(i) +
+                                  "]=" + std::to_string(length[i]) +
                                   ": expected a length in [0, capacity=" +
                                   std::to_string(capacity) + "]");
           }
@@ -33,13 +37,14 @@ PYBIND11_MODULE(_host, m) {
         int64_t* bin = bins.mutable_data();
         {
           py::gil_scoped_release release;
-          pyrl::host::best_fit(length, n, capacity, bin);
+          pyrl::host::best_fit(length.data(), n, capacity, bin);
         }
         return bins;
       },
       py::arg("lengths").noconvert(), py::arg("capacity"),
       "best_fit(lengths: int64[n], capacity) -> int64[n]\n\n"
-      "Bin of every item by best-fit decreasing: items by falling length (ties by index) go to the\n"
-      "bin with the least room that still holds them (ties by bin number), else to a new bin.\n"
+      "Bin of every item by best-fit decreasing: items by falling length (ties by index) go to\n"
+      "the bin with the least room that still holds them (ties by bin number), else to a new\n"
+      "bin. "
       "O(n log n). ValueError names the first length that is negative or above the capacity.");
 }

@@ -63,7 +63,9 @@ def linear_policy_loss(
     ValueError and NotImplementedError as in the two functions it composes.
     """
     if support is not None:
-        raise NotImplementedError("linear_policy_loss: support is not implemented by any backend yet")
+        raise NotImplementedError(
+            "linear_policy_loss: support is not implemented by any backend yet"
+        )
     if not isinstance(spec, LossSpec):
         raise ValueError(f"spec: expected a LossSpec, got {type(spec).__name__}")
     where = layout(target, mask, cu_seqlens)
@@ -93,7 +95,12 @@ def linear_policy_loss(
         out = linear_logprob(hidden, weight, target, bias=bias, **head)  # type: ignore[arg-type]
         shared = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": name}
         composed = policy_objective(
-            out.logprob, advantages, spec, entropy=out.entropy, **inputs, **shared  # type: ignore[arg-type]
+            out.logprob,
+            advantages,
+            spec,
+            entropy=out.entropy,
+            **inputs,
+            **shared,  # type: ignore[arg-type]
         )
         return composed._replace(logprob=out.logprob.detach(), entropy=out.entropy.detach())
     fields = collect(where, spec, advantages, **inputs)  # type: ignore[arg-type]

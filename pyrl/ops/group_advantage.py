@@ -48,14 +48,18 @@ def group_advantage(
     """
     n = rewards.numel()
     if rewards.dim() != 1 or not rewards.is_floating_point():
-        raise ValueError(f"rewards: expected floating [n], got {rewards.dtype} {tuple(rewards.shape)}")
+        raise ValueError(
+            f"rewards: expected floating [n], got {rewards.dtype} {tuple(rewards.shape)}"
+        )
     if group_ids.shape != rewards.shape or group_ids.is_floating_point():
         raise ValueError(
             f"group_ids: expected integers {tuple(rewards.shape)}, "
             f"got {group_ids.dtype} {tuple(group_ids.shape)}"
         )
     if group_ids.device != rewards.device:
-        raise ValueError(f"group_ids: expected a tensor on {rewards.device}, got {group_ids.device}")
+        raise ValueError(
+            f"group_ids: expected a tensor on {rewards.device}, got {group_ids.device}"
+        )
     if method not in METHODS:
         raise ValueError(f"method={method!r}: expected one of {list(METHODS)}")
     filters = (filter,) if isinstance(filter, str) else tuple(filter or ())

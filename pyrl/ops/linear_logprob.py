@@ -80,7 +80,15 @@ def linear_logprob(
         )
     else:
         out = _linear_logprob(
-            x, weight, y, bias, logits.inv_temperature, where.keep, softcap or 0.0, logit_scale, name
+            x,
+            weight,
+            y,
+            bias,
+            logits.inv_temperature,
+            where.keep,
+            softcap or 0.0,
+            logit_scale,
+            name,
         )
     return LogProb(*(v.float().reshape(target.shape) for v in out))
 
@@ -88,7 +96,9 @@ def linear_logprob(
 def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
     """Shapes, dtypes and devices of a linear head and its target."""
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight: expected floating [V, D], got {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected floating [V, D], got {weight.dtype} {tuple(weight.shape)}"
+        )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target: expected integer token ids, got {target.dtype}")
     if not hidden.is_floating_point():
@@ -104,7 +114,9 @@ def check_targets(target: Tensor, keep: Tensor, vocabulary: int) -> None:
     bad = (((target < 0) | (target >= vocabulary)) & keep).nonzero()
     if bad.numel():
         i = int(bad[0])
-        raise ValueError(f"target[{i}] = {int(target[i])} is outside the vocabulary [0, {vocabulary})")
+        raise ValueError(
+            f"target[{i}] = {int(target[i])} is outside the vocabulary [0, {vocabulary})"
+        )
 
 
 def inv_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
@@ -318,7 +330,19 @@ def _backward(ctx, c, h, g):  # type: ignore[no-untyped-def]
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     c, h, g = (torch.zeros_like(lse) if v is None else v.contiguous() for v in (c, h, g))
     dx, dw, db = _linear_logprob_backward(
-        hidden, weight, target, bias, inv_temperature, keep, entropy, lse, c, h, g, *ctx.rest, *needs
+        hidden,
+        weight,
+        target,
+        bias,
+        inv_temperature,
+        keep,
+        entropy,
+        lse,
+        c,
+        h,
+        g,
+        *ctx.rest,
+        *needs,
     )
     return (
         dx if needs[0] else None,

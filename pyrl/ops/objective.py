@@ -62,7 +62,9 @@ def policy_objective_terms(
     policy = policy_term(logp, ratio, adv, spec)
 
     has_ref = torch.zeros_like(keep) if ref is None else ~ref.isnan() & keep
-    anchor = logp.detach() if ref is None else torch.where(has_ref, ref.to(logp.dtype), logp.detach())
+    anchor = (
+        logp.detach() if ref is None else torch.where(has_ref, ref.to(logp.dtype), logp.detach())
+    )
     kl = torch.where(has_ref, kl_term(logp, anchor, spec.kl), zero)
 
     # An option that is off adds nothing to the graph: 0 * inf must not reach the loss.

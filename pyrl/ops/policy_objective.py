@@ -135,9 +135,7 @@ def collect(
 
 def as_double(fields: Fields) -> Fields:
     """The same fields in float64, for the oracle."""
-    return Fields(
-        *(v if v is None or v.dtype == torch.bool else v.double() for v in fields)
-    )
+    return Fields(*(v if v is None or v.dtype == torch.bool else v.double() for v in fields))
 
 
 def named_metrics(metrics: Tensor, where: Layout) -> dict[str, Tensor]:

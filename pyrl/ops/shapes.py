@@ -49,7 +49,9 @@ def layout(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layo
         keep = mask.bool()
     if like.dim() == 2:
         if cu_seqlens is not None:
-            raise ValueError("cu_seqlens belongs to packed [T] input, but the input is padded [B, L]")
+            raise ValueError(
+                "cu_seqlens belongs to packed [T] input, but the input is padded [B, L]"
+            )
         b, length = like.shape
         bounds = torch.arange(b + 1, device=like.device) * length
     elif cu_seqlens is None:
@@ -75,7 +77,9 @@ def _check_bounds(cu_seqlens: Tensor, like: Tensor) -> Tensor:
         falls = (bounds.diff() < 0).nonzero()
         if falls.numel():
             i = int(falls[0])
-            raise ValueError(f"cu_seqlens falls at {i + 1}: {int(bounds[i])} → {int(bounds[i + 1])}")
+            raise ValueError(
+                f"cu_seqlens falls at {i + 1}: {int(bounds[i])} → {int(bounds[i + 1])}"
+            )
     return bounds
 
 
@@ -153,7 +157,9 @@ def token_weights(
             total = torch.where(total == 0, 1.0, total)
         return (factor / total).float()
     if where.cu_seqlens is None or where.sequences is None:
-        raise ValueError(f"LossSpec.aggregation={spec.aggregation!r} on packed [T] needs cu_seqlens")
+        raise ValueError(
+            f"LossSpec.aggregation={spec.aggregation!r} on packed [T] needs cu_seqlens"
+        )
     if denominator is None:
         total = torch.tensor(max(where.sequences, 1), dtype=torch.float64, device=device)
     if spec.aggregation == "constant":

@@ -111,11 +111,17 @@ class LossSpec:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"LossSpec.{name}={value!r}: expected a finite number >= 0")
         if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"LossSpec.entropy_coef={self.entropy_coef!r}: expected a finite number")
-        if self.dual_clip is not None and not (math.isfinite(self.dual_clip) and self.dual_clip > 1):
+            raise ValueError(
+                f"LossSpec.entropy_coef={self.entropy_coef!r}: expected a finite number"
+            )
+        if self.dual_clip is not None and not (
+            math.isfinite(self.dual_clip) and self.dual_clip > 1
+        ):
             raise ValueError(f"LossSpec.dual_clip={self.dual_clip!r}: expected a finite number > 1")
         if not (math.isfinite(self.logit_scale) and self.logit_scale != 0):
-            raise ValueError(f"LossSpec.logit_scale={self.logit_scale!r}: expected a non-zero number")
+            raise ValueError(
+                f"LossSpec.logit_scale={self.logit_scale!r}: expected a non-zero number"
+            )
         _positive("temperature", self.temperature)
         _positive("softcap", self.softcap)
         _positive("max_length", self.max_length)

@@ -61,9 +61,7 @@ def plain(spec, hidden, weight, target, advantages, fields):
     entropy = -(logp.exp() * logp).sum(-1)
     rest = {k: v for k, v in fields.items() if k != "bias"}
     chosen = logp.gather(1, target[:, None])[:, 0]
-    out = pyrl.policy_objective(
-        chosen, advantages, spec, entropy=entropy, backend="torch", **rest
-    )
+    out = pyrl.policy_objective(chosen, advantages, spec, entropy=entropy, backend="torch", **rest)
     (2 * out.loss).backward()
     return out, [x.grad for x in leaves]
 
@@ -83,7 +81,9 @@ def test_parity(backend, dtype, name, chunk, monkeypatch):
     ours, grads = run(backend, spec, *args)
     margin = MARGIN[dtype]
     assert relative(ours.loss, exact.loss) <= relative(usual.loss, exact.loss) + margin
-    for which, a, b, c in zip(("hidden", "weight", "bias"), grads, usual_grads, exact_grads, strict=True):
+    for which, a, b, c in zip(
+        ("hidden", "weight", "bias"), grads, usual_grads, exact_grads, strict=True
+    ):
         assert a.dtype == dtype
         assert relative(a, c) <= relative(b, c) + margin, which
     assert relative(ours.logprob, exact.logprob) <= 1e-6 if dtype == torch.float32 else 1e-2
@@ -117,7 +117,9 @@ def test_master_weight_of_another_dtype(backend):
     spec = LossSpec(aggregation="token_mean")
     master = weight.detach().float().requires_grad_()
     fields = {k: v for k, v in fields.items() if k in ("mask", "cu_seqlens")}
-    out = pyrl.linear_policy_loss(hidden, master, target, advantages, spec, backend=backend, **fields)
+    out = pyrl.linear_policy_loss(
+        hidden, master, target, advantages, spec, backend=backend, **fields
+    )
     out.loss.backward()
     assert master.grad.dtype == torch.float32
     pyrl.linear_policy_loss(
@@ -176,7 +178,17 @@ def test_opcheck_and_fullgraph(backend):
     hidden, weight, target, advantages, f = inputs()
     spec = SPECS["grpo"]
     one, adv = torch.ones(T, device=DEVICE), torch.randn(T, device=DEVICE)
-    args = (hidden, weight, f["bias"], target, one, f["old_logprob"], f["ref_logprob"], adv, one / T)
+    args = (
+        hidden,
+        weight,
+        f["bias"],
+        target,
+        one,
+        f["old_logprob"],
+        f["ref_logprob"],
+        adv,
+        one / T,
+    )
     torch.library.opcheck(
         _linear_policy_loss,
         (*args, f["mask"], spec.to_json(), backend, True, True, True),

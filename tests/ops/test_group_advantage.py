@@ -61,7 +61,9 @@ def test_equal_rewards_give_exactly_zero(backend):
     # The mean of seven times 0.1 is not 0.1 in fp32: divided by eps that would be an advantage.
     for value in (0.1, 0.7, 1e6 + 0.1):
         for method in ("grpo", "mean", "rloo"):
-            out, _ = both(backend, torch.full((7,), value), torch.zeros(7, dtype=int), method=method)
+            out, _ = both(
+                backend, torch.full((7,), value), torch.zeros(7, dtype=int), method=method
+            )
             assert not out.advantages.any(), (value, method)
 
 

@@ -84,7 +84,9 @@ def test_head_options(backend, dtype):
 def test_many_chunks_equal_one(backend, monkeypatch):
     args = inputs(50, 16, 97, torch.float32)
     whole = run(backend, *args)
-    monkeypatch.setattr("pyrl.ops.linear_logprob.CHUNK_BYTES", {"cpu": 7 * 97 * 4, "cuda": 7 * 97 * 4})
+    monkeypatch.setattr(
+        "pyrl.ops.linear_logprob.CHUNK_BYTES", {"cpu": 7 * 97 * 4, "cuda": 7 * 97 * 4}
+    )
     for one, many in zip(whole, run(backend, *args), strict=True):
         assert relative(many, one) <= 1e-6  # fp32 sums of the same numbers in another order
 

@@ -19,11 +19,19 @@ T, B = 23, 5
 
 SPECS = [
     LossSpec(
-        objective=objective, clip_high=0.28, dual_clip=dual, kl=kl, kl_coef=0.1, entropy_coef=0.03,
-        aggregation=aggregation, max_length=9,
+        objective=objective,
+        clip_high=0.28,
+        dual_clip=dual,
+        kl=kl,
+        kl_coef=0.1,
+        entropy_coef=0.03,
+        aggregation=aggregation,
+        max_length=9,
     )  # fmt: skip
     for objective, dual, kl, aggregation in itertools.product(
-        ("reinforce", "clip"), (None, 3.0), ("k1", "k2", "k3"),
+        ("reinforce", "clip"),
+        (None, 3.0),
+        ("k1", "k2", "k3"),
         ("token_mean", "sequence_mean", "sequence_sum", "constant", "weighted"),
     )  # fmt: skip
     if not (objective == "reinforce" and dual)
@@ -214,7 +222,15 @@ def test_opcheck(backend):
     logprob, advantages, f = inputs()
     weight = torch.rand(T, device=DEVICE)
     spec = LossSpec(kl_coef=0.1, entropy_coef=0.1).to_json()
-    args = (logprob, f["entropy"], f["old_logprob"], f["ref_logprob"], advantages, weight, f["mask"])
+    args = (
+        logprob,
+        f["entropy"],
+        f["old_logprob"],
+        f["ref_logprob"],
+        advantages,
+        weight,
+        f["mask"],
+    )
     torch.library.opcheck(_policy_objective, (*args, spec, backend))
 
 
@@ -260,7 +276,9 @@ def test_bad_input_names_itself():
         pyrl.policy_objective(logprob, advantages, LossSpec(aggregation="sequence_mean"))
     with pytest.raises(ValueError, match="needs max_length"):
         pyrl.policy_objective(logprob[None], advantages[None], LossSpec.preset("dr_grpo"))
-    with pytest.raises(ValueError, match=r"advantages: expected shape \(23,\) or \(5,\), got \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"advantages: expected shape \(23,\) or \(5,\), got \(4,\)"
+    ):
         pyrl.policy_objective(logprob, advantages[:4], spec, **fields)
     with pytest.raises(NotImplementedError, match="rollout_logprob"):
         pyrl.policy_objective(logprob, advantages, spec, rollout_logprob=logprob.detach())

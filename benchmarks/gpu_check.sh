@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# make gpu-check: build for the GPU, run the tests there, then the benchmark grid. It installs
+# nothing, so that it works offline on an image that has torch, nvcc and pytest; PYTHON says which
+# interpreter (default: .venv's if there is one, else python3). JSONL goes to $OUT.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+export OUT=${OUT:-$root/benchmarks/results}
+mkdir -p "$OUT"
+
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu-check needs a CUDA device, and $PYTHON sees none" >&2
+  exit 2
+fi
+status=0
+echo "== build"
+if ! PYRL_BUILD=cuda "$PYTHON" -m pip install -q --no-deps --no-build-isolation --no-index -e . \
+  >"$OUT/build.log" 2>&1; then
+  tail -20 "$OUT/build.log"
+  exit 1
+fi
+"$PYTHON" - <<'PY'
+import pyrl, torch
+print(torch.cuda.get_device_name(), "torch", torch.__version__)
+for name, reason in pyrl.backends().items():
+    print(f"  {name}: {reason or 'usable'}")
+PY
+echo "== tests"
+timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest -q -p no:cacheprovider \
+  tests/ops tests/kernels tests/losses tests/packing -m "not slow and not vllm" 2>&1 |
+  tee "$OUT/tests.log" | tail -15
+[ "${PIPESTATUS[0]}" = 0 ] || status=1
+echo "== benchmarks"
+"$PYTHON" benchmarks/gpu_check.py --minutes "${MINUTES:-5}" || status=1
+exit $status

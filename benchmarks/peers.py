@@ -1,0 +1,265 @@
+"""`linear_policy_loss`, forward and backward, by every implementation it is compared with.
+
+All compute the same thing from the same inputs: the PPO clip loss with bounds 0.2 / 0.2, averaged
+over the kept tokens (`token_mean`), and the gradients of `hidden` and `weight`:
+
+    logp = log_softmax(hidden @ weight.T)[t, target_t];  r = exp(logp - old)
+    loss = sum_kept -min(r A, clamp(r, 0.8, 1.2) A) / N_kept
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP = 0.2
+#: Rows of logits held at once by the bare products where N is larger.
+GEMM_ROWS = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape of the grid: N rows of D, a vocabulary of V, and the share of rows with loss."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: str = "float32"
+    kept_share: float = 1.0
+    device: str = "cpu"
+    length: int = 128
+    """Tokens a sequence, for those that want [B, L]; N itself when it does not divide N."""
+
+    @property
+    def sequence_length(self) -> int:
+        return self.length if self.tokens % self.length == 0 else self.tokens
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def kept_tokens(self) -> int:
+        return max(1, round(self.tokens * self.kept_share))
+
+    @property
+    def flops(self) -> float:
+        """6NDV over the kept rows: what the loss cannot be computed without."""
+        return 6.0 * self.kept_tokens * self.hidden * self.vocab
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.tokens, self.hidden, self.vocab]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """hidden[N, D] and weight[V, D] are leaves; the rest are fp32 [N] vectors, target int64 [N],
+    keep bool [N]; advantage is constant inside a sequence."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    advantage: Tensor
+    old: Tensor
+    keep: Tensor
+    case: Case
+
+    def clear(self) -> None:
+        self.hidden.grad = None
+        self.weight.grad = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    loss: Tensor
+    grad_hidden: Tensor | None
+    grad_weight: Tensor | None
+
+
+def draw(case: Case, seed: int) -> Inputs:
+    """New inputs: standard normal hidden states, logits of unit variance, old log-probs within
+    0.02 of the policy's so that no token is clipped and every kept row costs its full work."""
+    rng = torch.Generator(device=case.device).manual_seed(seed)
+    dtype, device = case.torch_dtype, case.device
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, device=device)
+
+    n, length = case.tokens, case.sequence_length
+    hidden = normal(n, case.hidden).to(dtype)
+    weight = (normal(case.vocab, case.hidden) * case.hidden**-0.5).to(dtype)
+    target = torch.randint(case.vocab, (n,), generator=rng, device=device)
+    advantage = normal(n // length).repeat_interleave(length)
+    keep = torch.zeros(n, dtype=torch.bool, device=device)
+    keep[torch.randperm(n, generator=rng, device=device)[: case.kept_tokens]] = True
+    old = logprob(hidden, weight, target) + 0.02 * normal(n).clamp(-3, 3)
+    return Inputs(
+        hidden.requires_grad_(), weight.requires_grad_(), target, advantage, old, keep, case
+    )
+
+
+@torch.no_grad()
+def logprob(hidden: Tensor, weight: Tensor, target: Tensor, rows: int = 128) -> Tensor:
+    """log_softmax(hidden @ weight.T)[t, target_t] in fp32, `rows` at a time."""
+    pieces = [
+        -F.cross_entropy((h @ weight.T).float(), y, reduction="none")
+        for h, y in zip(hidden.split(rows), target.split(rows), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def clip_loss(logp: Tensor, inputs: Inputs, rows: slice = slice(None)) -> Tensor:
+    """sum_kept -min(r A, clamp(r, 1 - CLIP, 1 + CLIP) A) / N_kept, over `rows` of the batch."""
+    advantage = inputs.advantage[rows].to(logp.dtype)
+    ratio = (logp - inputs.old[rows].to(logp.dtype)).exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+    return torch.where(inputs.keep[rows], loss, 0.0).sum() / inputs.case.kept_tokens
+
+
+def reference(inputs: Inputs, rows: int = 256) -> Output:
+    """The same in float64 by autograd, `rows` at a time: what the others are checked against."""
+    hidden = inputs.hidden.detach().double().requires_grad_()
+    weight = inputs.weight.detach().double().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        logits = hidden[part] @ weight.T
+        loss = clip_loss(
+            -F.cross_entropy(logits, inputs.target[part], reduction="none"), inputs, part
+        )
+        loss.backward()
+        total += loss.detach()
+    return Output(total, hidden.grad, weight.grad)
+
+
+def _output(loss: Tensor, inputs: Inputs) -> Output:
+    return Output(loss.detach(), inputs.hidden.grad, inputs.weight.grad)
+
+
+def make_gemm(case: Case) -> Callable[[Inputs], Output]:
+    """logits = X W^T, dX = Z W, dW = Z^T X in the inputs' dtype over the kept rows; no softmax, no
+    allocation. Not an implementation of the loss: the time none of them can beat at 6NDV."""
+    n, dtype, device = case.kept_tokens, case.torch_dtype, case.device
+    chunk = min(n, GEMM_ROWS)
+    logits = torch.empty(chunk, case.vocab, dtype=dtype, device=device)
+    grad_hidden = torch.empty(n, case.hidden, dtype=dtype, device=device)
+    grad_weight = torch.empty(case.vocab, case.hidden, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def call(inputs: Inputs) -> Output:
+        for start in range(0, n, chunk):
+            x = inputs.hidden[start : min(start + chunk, n)]
+            z = torch.mm(x, inputs.weight.T, out=logits[: x.shape[0]])
+            torch.mm(z, inputs.weight, out=grad_hidden[start : start + x.shape[0]])
+            if start == 0:
+                torch.mm(z.T, x, out=grad_weight)
+            else:
+                grad_weight.addmm_(z.T, x)
+        return Output(logits[0, 0], None, None)
+
+    return call
+
+
+def _naive_loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return clip_loss(-F.cross_entropy(logits, inputs.target, reduction="none"), inputs)
+
+
+def make_naive(case: Case) -> Callable[[Inputs], Output]:
+    def call(inputs: Inputs) -> Output:
+        loss = _naive_loss(inputs.hidden, inputs.weight, inputs)
+        loss.backward()
+        return _output(loss, inputs)
+
+    return call
+
+
+def make_compiled(case: Case) -> Callable[[Inputs], Output]:
+    compiled = torch.compile(_naive_loss, fullgraph=True, dynamic=False)
+
+    def call(inputs: Inputs) -> Output:
+        loss = compiled(inputs.hidden, inputs.weight, inputs)
+        loss.backward()
+        return _output(loss, inputs)
+
+    return call
+
+
+def make_liger(chunk_size: int | None) -> Callable[[Case], Callable[[Inputs], Output]]:
+    """`chunk_size` counts sequences; None takes the whole batch at once (its own vocabulary
+    chunking then bounds the memory)."""
+
+    def make(case: Case) -> Callable[[Inputs], Output]:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        length = case.sequence_length
+        batch = case.tokens // length
+        module = LigerFusedLinearGRPOLoss(
+            beta=0.0, use_ref_model=False, loss_type="dapo", epsilon_low=CLIP, epsilon_high=CLIP,
+            chunk_size=chunk_size or batch, compiled=True,
+        )  # fmt: skip
+
+        def call(inputs: Inputs) -> Output:
+            loss, _ = module(
+                inputs.hidden.view(batch, length, -1),
+                inputs.weight,
+                inputs.target.view(batch, length),
+                inputs.keep.view(batch, length).float(),
+                inputs.advantage.view(batch, length)[:, 0],
+                old_per_token_logps=inputs.old.view(batch, length),
+            )
+            loss.backward()
+            return _output(loss, inputs)
+
+        return call
+
+    return make
+
+
+def make_trl(case: Case) -> Callable[[Inputs], Output]:
+    """As `add_fused_lm_head` calls it: only the kept rows where Triton runs, all rows elsewhere."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    compact = case.device == "cuda" and case.kept_share < 1
+
+    def call(inputs: Inputs) -> Output:
+        rows = inputs.keep if compact else slice(None)
+        logp, *_ = ChunkedLogProbFunction.apply(
+            inputs.hidden[rows], inputs.weight, None, inputs.target[rows], 1.0,
+            _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, (),
+        )  # fmt: skip
+        if compact:
+            logp = torch.zeros_like(inputs.old).masked_scatter(inputs.keep, logp)
+        loss = clip_loss(logp, inputs)
+        loss.backward()
+        return _output(loss, inputs)
+
+    return call
+
+
+def pyrl_maker(op: str, backend: str) -> Callable[[Case], Callable[[Inputs], Output]]:
+    def make(case: Case) -> Callable[[Inputs], Output]:
+        import pyrl
+
+        spec = pyrl.LossSpec(
+            objective="clip", clip_low=CLIP, clip_high=CLIP, aggregation="token_mean"
+        )
+
+        def call(inputs: Inputs) -> Output:
+            out: Any = pyrl.linear_policy_loss(
+                inputs.hidden, inputs.weight, inputs.target, inputs.advantage, spec,
+                old_logprob=inputs.old, mask=inputs.keep, backend=backend,
+            )  # fmt: skip
+            out.loss.backward()
+            return _output(out.loss, inputs)
+
+        return call
+
+    return make

@@ -1,0 +1,247 @@
+"""One benchmark run of one op: check every implementation, time the sound ones in turn, measure
+each one's peak memory in a fresh process, and return rows with their conditions."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from harness import Timing, conditions, interleave, measure_peak, median_ratio, run_child
+from registry import Implementation, find, select
+
+#: Allowed beyond the naive form's own error against float64 (relative norm): the loss contract's
+#: rule for this package's backends, reported for everybody.
+RULE = {"float32": 5e-6, "bfloat16": 1e-3}
+#: Beyond this an implementation computes something else and is not timed: twice the naive form's
+#: error (peers round at other places) plus a margin of one dtype's accumulated rounding.
+GATE = {"float32": 1e-4, "bfloat16": 1e-2}
+#: What an implementation may raise to say that it cannot run here.
+CANNOT = (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Op:
+    """What the suite needs to know of an op: its inputs, its float64 answer, and its rate."""
+
+    name: str
+    case: Callable[..., Any]
+    draw: Callable[[Any, int], Any]
+    reference: Callable[[Any], Any]
+    limit: str
+    rate: Callable[[Any, float], dict[str, float]]
+    """rate(case, seconds) -> {"gflops": ...} or {"gbytes_per_second": ...}"""
+
+
+def _loss_op() -> Op:
+    peers = importlib.import_module("peers")
+    return Op(
+        name="linear_policy_loss",
+        case=peers.Case,
+        draw=peers.draw,
+        reference=peers.reference,
+        limit="gemm",
+        rate=lambda case, seconds: {"gflops": round(case.flops / seconds / 1e9, 1)},
+    )
+
+
+def _small_op(name: str) -> Op:
+    small = importlib.import_module("small_peers")
+    return Op(
+        name=name,
+        case=small.SmallCase,
+        draw=small.draw,
+        reference=small.reference,
+        limit="copy",
+        rate=lambda case, seconds: {"gbytes_per_second": round(case.bytes / seconds / 1e9, 2)},
+    )
+
+
+def _row_op(name: str) -> Op:
+    rows = importlib.import_module("row_peers")
+    return Op(
+        name=name,
+        case=rows.RowCase,
+        draw=rows.draw,
+        reference=rows.reference,
+        limit="copy",
+        rate=lambda case, seconds: {"gbytes_per_second": round(case.bytes / seconds / 1e9, 2)},
+    )
+
+
+def op_named(name: str) -> Op:
+    if name == "linear_policy_loss":
+        return _loss_op()
+    return _row_op(name) if name.startswith("logits_") else _small_op(name)
+
+
+def errors_of(output: Any, truth: Any) -> dict[str, float]:
+    """Per field of the output: |a - b| of a scalar, ||a - b|| / ||b|| of a tensor, in float64."""
+    found = {}
+    for field in dataclasses.fields(truth):
+        want, got = getattr(truth, field.name), getattr(output, field.name)
+        if want is None:
+            continue
+        if got is None:
+            found[field.name] = math.inf
+            continue
+        apart = (got.detach().double() - want).norm()
+        scale = want.norm() if want.dim() else 1.0
+        found[field.name] = float(apart / scale)
+    return found
+
+
+def describe(errors: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
+
+
+def run_case(
+    op: Op,
+    case: Any,
+    *,
+    rounds: int,
+    names: tuple[str, ...] | None = None,
+    memory: bool = True,
+    inner: int = 1,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Rows for every implementation of `op` at `case`, those that cannot run included."""
+    table = select(op.name, device=case.device, dtype=case.dtype, names=names)
+    where = conditions(case.device)
+    run = uuid.uuid4().hex[:8]
+    rows = {impl.name: _blank(op, impl, case, where, run) for impl in table}
+    calls: dict[str, Callable[[Any], Any]] = {}
+
+    inputs = op.draw(case, seed)
+    truth = op.reference(inputs)
+    yardstick: dict[str, float] | None = None
+    # The naive form goes first: its error in this dtype is what the others are judged by.
+    for impl in sorted(table, key=lambda impl: impl.name != "naive"):
+        row = rows[impl.name]
+        say(f"{op.name} {case.dtype}: checking {impl.name}")
+        try:
+            call = impl.make(case)
+            inputs.clear()
+            output = call(inputs)
+        except CANNOT as error:
+            row.update(
+                status="absent", reason=f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            )
+            continue
+        if impl.role == "limit":
+            row["status"] = "ok"
+            calls[impl.name] = call
+            continue
+        errors = errors_of(output, truth)
+        row["errors"] = {name: float(f"{value:.3e}") for name, value in errors.items()}
+        if impl.name == "naive":
+            yardstick = errors
+        # Without a naive form (it may not fit in memory) nothing is said of the rule.
+        bounds = yardstick or dict.fromkeys(errors, 0.0)
+        if yardstick is not None:
+            within = all(e <= bounds[k] + RULE[case.dtype] for k, e in errors.items())
+            row["within_rule"] = within
+        # `not <=` so that a NaN fails.
+        if not all(e <= 2 * bounds[k] + GATE[case.dtype] for k, e in errors.items()):
+            row.update(status="wrong", reason=f"differs from float64: {describe(errors)}")
+            continue
+        row["status"] = "ok"
+        calls[impl.name] = call
+        output = None
+    inputs.clear()
+    del truth, inputs
+
+    say(f"{op.name} {case.dtype}: timing {len(calls)} variants, {rounds} rounds")
+    samples = interleave(
+        calls,
+        lambda i: op.draw(case, seed + 1 + i),
+        rounds=rounds,
+        device=case.device,
+        seed=seed,
+        inner=inner,
+        between=lambda drawn: drawn.clear(),
+    )
+    limit = samples.get(op.limit)
+    for name, values in samples.items():
+        timing = Timing.of(values)
+        rows[name].update(
+            ms_p20=round(timing.p20, 4), ms_p50=round(timing.p50, 4), ms_p80=round(timing.p80, 4),
+            rounds=timing.rounds, **op.rate(case, timing.p50 / 1e3),
+        )  # fmt: skip
+        if limit:
+            ratio = median_ratio(values, limit)
+            rows[name].update(ratio_to_limit=round(ratio, 4), share_of_limit=round(1 / ratio, 4))
+    if memory:
+        for name in calls:
+            say(f"{op.name} {case.dtype}: peak memory of {name}, in a fresh process")
+            described = json.dumps(dataclasses.asdict(case))
+            if case.device == "cuda":  # the allocator counts exactly: no fresh process is needed
+                found = peak_of(op.name, name, described)
+            else:
+                found = run_child("suite.py", "--peak", op.name, name, described)
+            rows[name].update(
+                {"memory_reason": found["error"]}
+                if "error" in found
+                else {key: round(value, 1) for key, value in found.items()}
+            )
+    return list(rows.values())
+
+
+def _blank(
+    op: Op, impl: Implementation, case: Any, where: dict[str, Any], run: str
+) -> dict[str, Any]:
+    return {
+        "op": op.name,
+        "implementation": impl.name,
+        "role": impl.role,
+        "backend": impl.backend,
+        "package": impl.package,
+        "version": impl.version,
+        "dtype": case.dtype,
+        "shape": case.shape,
+        "kept_share": case.kept_share,
+        "status": None,
+        "run": run,
+        "note": impl.note,
+        **where,
+    }
+
+
+def peak_of(op_name: str, implementation: str, case_json: str) -> dict[str, float]:
+    """In a fresh process: make the inputs, then measure two calls. Gradients count as part of the
+    peak; their own size is `grads_mib`."""
+    op, impl = op_named(op_name), find(op_name, implementation)
+    fields = json.loads(case_json)
+    case = op.case(**fields)
+    inputs = op.draw(case, 0)
+    call = impl.make(case)
+    grads = 0
+
+    def once() -> Any:
+        nonlocal grads
+        inputs.clear()
+        output = call(inputs)
+        held = [t for t in vars(output).values() if isinstance(t, torch.Tensor) and t.dim()]
+        grads = sum(t.numel() * t.element_size() for t in held)
+        inputs.clear()
+        return output
+
+    found = measure_peak(once, case.device)
+    return {**found, "grads_mib": grads / 2**20}
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) != 4 or arguments[0] != "--peak":
+        raise SystemExit("usage: suite.py --peak OP IMPLEMENTATION CASE_JSON")
+    print(json.dumps(peak_of(*arguments[1:])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,113 @@
+"""Result rows as a rich table on the terminal and as markdown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+
+def terminal() -> Console:
+    """The console; wide enough for the tables where output goes to a file or a log."""
+    return Console() if sys.stdout.isatty() else Console(width=132)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if value != 0 and abs(value) < 0.01:
+        return f"{value:.1e}"
+    return f"{value:.{digits}g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def shape_text(row: Row) -> str:
+    names = {1: ("T",), 2: ("n", "V"), 3: ("N", "D", "V")}[len(row["shape"])]
+    return " ".join(f"{n} {s}" for n, s in zip(names, row["shape"], strict=True))
+
+
+def title_of(row: Row) -> str:
+    kept = f", {row['kept_share']:.0%} of rows kept" if row["kept_share"] != 1 else ""
+    return f"{row['op']}, {shape_text(row)}, {row['dtype']}{kept}"
+
+
+def worst_error(row: Row) -> str:
+    errors = row.get("errors")
+    if not errors:
+        return "–"
+    grads = {k: v for k, v in errors.items() if k != "loss"} or errors
+    return f"{max(grads.values()):.1e}" + (" !" if row.get("within_rule") is False else "")
+
+
+COLUMNS = ("implementation", "version", "ms (p20–p80)", "× limit", "rate", "peak MiB", "error")
+
+
+def cells(row: Row) -> list[str]:
+    name, version = row["implementation"], row.get("version") or "–"
+    if row["status"] != "ok" or row.get("ms_p50") is None:
+        return [
+            name,
+            version,
+            f"{row['status']}: {row.get('reason', '')}",
+            "",
+            "",
+            "",
+            worst_error(row),
+        ]
+    rate = (
+        f"{row['gflops']:.0f} GFLOP/s"
+        if "gflops" in row
+        else f"{row['gbytes_per_second']:.1f} GB/s"
+        if "gbytes_per_second" in row
+        else "–"
+    )
+    spread = f"{number(row['ms_p50'])} ({number(row['ms_p20'])}–{number(row['ms_p80'])})"
+    peak = "–" if row.get("peak_mib") is None else f"{row['peak_mib']:.0f}"
+    return [name, version, spread, number(row.get("ratio_to_limit")), rate, peak, worst_error(row)]
+
+
+def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of one op, shape, dtype, kept share and device, keyed by a title."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(f"{title_of(row)} on {row['device']}", []).append(row)
+    return found
+
+
+def show(rows: Sequence[Row], console: Console | None = None) -> None:
+    console = console or terminal()
+    for title, members in groups(rows).items():
+        table = Table(title=title, title_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
+        for row in members:
+            table.add_row(*cells(row))
+        console.print(table)
+        console.print(conditions_text(members), style="dim")
+
+
+def conditions_text(rows: Sequence[Row]) -> str:
+    """One line per distinct set of conditions among the rows."""
+    lines = {
+        f"{r['device']}, {r['threads']} threads, torch {r['torch']}, python {r['python']}, "
+        f"commit {r['commit']}, {r['date'][:10]}, load {r['load']} before the run"
+        for r in rows
+    }
+    return "\n".join(sorted(lines))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    parts = []
+    for title, members in groups(rows).items():
+        lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        lines += [
+            "| " + " | ".join(c.replace("|", "\\|") for c in cells(row)) + " |" for row in members
+        ]
+        parts.append("\n".join(lines) + f"\n\n{conditions_text(members)}\n")
+    return "\n".join(parts)

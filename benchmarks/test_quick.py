@@ -1,0 +1,34 @@
+"""`pytest benchmarks`: the quick cases through pytest-benchmark. No time is ever asserted, only that
+what is timed computes the right thing."""
+
+import pytest
+from peers import Case
+from registry import REGISTRY, Implementation
+from small_peers import SmallCase
+from suite import CANNOT, GATE, errors_of, op_named
+
+ROWS = [row for row in REGISTRY if "cpu" in row.devices and not row.op.startswith("logits_")]
+
+
+def case_of(row: Implementation, dtype: str) -> Case | SmallCase:
+    if row.op == "linear_policy_loss":
+        return Case(tokens=256, hidden=64, vocab=4096, dtype=dtype)
+    return SmallCase(op=row.op, tokens=4096)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.op}-{row.name}")
+def test_quick(benchmark, row: Implementation, dtype: str) -> None:
+    if dtype not in row.dtypes:
+        pytest.skip(f"{row.op} takes {' and '.join(row.dtypes)}")
+    case, op = case_of(row, dtype), op_named(row.op)
+    inputs = op.draw(case, 0)
+    try:
+        call = row.make(case)
+        output = call(inputs)
+    except CANNOT as error:
+        pytest.skip(f"{type(error).__name__}: {error}".splitlines()[0])
+    if row.role != "limit":
+        assert max(errors_of(output, op.reference(inputs)).values()) <= GATE[dtype]
+    benchmark.group = f"{row.op} {dtype}"
+    benchmark.pedantic(call, args=(inputs,), setup=inputs.clear, rounds=3)

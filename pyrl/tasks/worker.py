@@ -1,0 +1,114 @@
+"""The inside of a scoring process (see `scoring`). It holds one task and calls its `score`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing.connection
+import numbers
+import os
+import pickle
+import reprlib
+import signal
+import threading
+import traceback
+from typing import Any
+
+from pyrl.tasks.protocol import Prompt, Task
+
+ERROR_LENGTH = 500
+
+_task: Task | None = None
+_problem: str | None = "the process was not started by pyrl.tasks.scoring"
+
+
+def start(payload: bytes, files: dict[str, str]) -> None:
+    """Prepares the process and loads the task; a failure is kept for `problem`."""
+    global _task, _problem
+    _die_with_parent()
+    _own_group()
+    _silence()
+    try:
+        from pyrl.tasks.registry import load_file
+
+        for name, path in files.items():
+            load_file(path, name)
+        _task, _problem = pickle.loads(payload), None
+    except BaseException as error:  # noqa: BLE001  user code; its failure is reported
+        _problem = describe(error)
+
+
+def problem() -> str | None:
+    """Why the task could not be loaded, or None."""
+    return _problem
+
+
+def score(prompt: Prompt, completion: str) -> tuple[float, str | None]:
+    """`judged` of the task's reward; NaN and the reason when there is none."""
+    if _task is None:
+        return math.nan, f"the task could not be loaded: {_problem}"
+    try:
+        return judged(_task.score(prompt, completion))
+    except BaseException as error:  # noqa: BLE001  whatever a reward raises costs one sample
+        return math.nan, describe(error)
+
+
+def judged(reward: Any) -> tuple[float, str | None]:
+    """A finite real number (bool, int, float, Fraction, NumPy scalar, one-element tensor) and
+    None; or NaN and what is wrong with it, in short: a reward can be huge, or not picklable.
+    """
+    number = reward
+    if not isinstance(number, numbers.Real) and hasattr(number, "item"):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            number = number.item()  # np.bool_, a 0-d array or tensor; larger ones refuse
+    if not isinstance(number, numbers.Real):
+        return math.nan, f"the reward is no number: {short(reward)}"
+    value = float(number)
+    return (value, None) if math.isfinite(value) else (math.nan, f"the reward is {value}")
+
+
+def short(value: Any) -> str:
+    """Type and abbreviated repr."""
+    return f"{type(value).__name__} {reprlib.repr(value)}"[:ERROR_LENGTH]
+
+
+def describe(error: BaseException) -> str:
+    """Type, message and the line that raised, abbreviated."""
+    text = "".join(traceback.format_exception_only(type(error), error)).strip()
+    text = text if len(text) <= ERROR_LENGTH else text[:ERROR_LENGTH] + " …"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return text + place
+
+
+def _own_group() -> None:
+    """Own session: Ctrl-C in the terminal is the trainer's, and a kill reaches what a reward
+    started as well."""
+    if not hasattr(os, "setsid"):
+        return
+    os.setsid()
+    signal.signal(signal.SIGTERM, lambda *_: _kill_group())
+
+
+def _kill_group() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    """Waits in a thread for the parent's end, so that even SIGKILL of a run leaves nothing."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        _kill_group() if hasattr(os, "killpg") else os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _silence() -> None:
+    """Sends the process's output nowhere, also that of C code and of its children."""
+    with contextlib.suppress(OSError), open(os.devnull, "r+b") as nothing:
+        for stream in (1, 2):
+            os.dup2(nothing.fileno(), stream)

@@ -1,0 +1,217 @@
+"""The training loop: sample → score → advantages → pack → log-probs → update → sync → log."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrl.algorithms import Group, assign_advantages, minibatches
+from pyrl.losses import linear_policy_loss
+from pyrl.models import Policy
+from pyrl.ops.linear_logprob import linear_logprob
+from pyrl.ops.spec import LossSpec
+from pyrl.packing import PackedBatch, Sample, pack
+from pyrl.trainer.config import Config
+from pyrl.trainer.console import Console
+from pyrl.trainer.data import derive_seed, permutation
+from pyrl.trainer.evaluate import score_groups
+from pyrl.trainer.metrics import batch_metrics, loss_metrics
+from pyrl.trainer.optimizer import learning_rate
+from pyrl.trainer.session import Session
+
+
+def train(
+    config: Config, folder: Path, *, resume: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Runs `config` in `folder`; returns what summary.json holds, or {"interrupted": step}.
+
+    `resume` goes on from the newest checkpoint in `folder`, to the same numbers as a run that was
+    never broken off. ValueError before the first step for anything that cannot work.
+    """
+    with Session.open(config, folder, resume=resume, console=console) as session:
+        sync(session, session.progress.step)
+        session.begin()
+        while session.goes_on():
+            train_step(session)
+            session.checkpoint()
+        return session.finish()
+
+
+def train_step(session: Session) -> None:
+    """One batch: sampled, scored, learned from, logged."""
+    config, parts, clock, now = session.config, session.parts, session.clock, session.progress
+    policy, spec, backend = parts.policy, parts.spec, config.train.backend
+    step, start = now.step + 1, time.perf_counter()
+
+    # Sample and score. In the extra rounds of dynamic sampling, new prompts replace the groups
+    # whose completions all got the same reward: those say nothing.
+    sampled: list[Group] = []
+    for attempt in range(1 + config.rollout.refill_rounds):
+        useful = sum(not group.zero_variance for group in sampled)
+        missing = config.rollout.prompts_per_step - (useful if attempt else 0)
+        if missing == 0:
+            break
+        prompts = parts.stream.take(now.position, missing)
+        now.position += missing
+        with clock("sample"):
+            seed = derive_seed(config.train.seed, step, f"sample {attempt}")
+            tokens = [prompt.tokens for prompt in prompts]
+            completions = parts.engine.generate(tokens, parts.params, seed=seed)
+        with clock("score"):
+            sampled += score_groups(parts.scorer, policy.tokenizer, prompts, completions)
+    batch = sampled
+    if config.rollout.refill_rounds:  # zero-variance groups only fill what is left
+        batch = sorted(sampled, key=lambda group: group.zero_variance)
+        batch = batch[: config.rollout.prompts_per_step]
+
+    # Advantages, minibatches (one optimizer update each), rows (one micro-batch each).
+    assign_advantages(batch, **config.advantage.model_dump(), backend=backend)
+    count = sum(len(group.attempts) for group in batch)
+    minis = minibatches(
+        batch,
+        spec,
+        parts=config.train.updates_per_step,
+        order=permutation(config.train.seed, step, "minibatches", count).tolist(),
+        mask_truncated=config.train.mask_truncated,
+    )
+    device = policy.head().weight.device
+    rows = [pack_rows(mini.samples, config.train.tokens_per_row, device) for mini in minis]
+
+    # Log-probs from before the first update. With a single update the policy is still the one that
+    # sampled: the ratio is 1, with gradient, and its forward need not be computed twice.
+    on_policy = config.train.updates_per_step * config.train.passes == 1
+    kl_to_step = spec.needs_ref and config.train.reference == "step"
+    old: list[list[Tensor | None]] = [[None] * len(part) for part in rows]
+    ref: list[list[Tensor | None]] = [[None] * len(part) for part in rows]
+    with clock("logprob"):
+        if kl_to_step or not on_policy:
+            old = [[logprobs(policy, row, spec, backend) for row in part] for part in rows]
+        if kl_to_step:
+            ref = old
+        elif parts.reference is not None:
+            ref = [[logprobs(parts.reference, row, spec, backend) for row in part] for part in rows]
+
+    # Update. Denominators are those of the whole minibatch, so that the rows' losses just add up.
+    lr = learning_rate(step, config.train.steps, config.optimizer)
+    losses: list[dict[str, Tensor]] = []
+    norms: list[float] = []
+    gaps: list[Tensor] = []
+    with clock("update"):
+        for i, mini in list(enumerate(minis)) * config.train.passes:
+            for row, old_logprob, ref_logprob in zip(rows[i], old[i], ref[i], strict=True):
+                hidden = policy.hidden(row.tokens, row.positions, row.cu_seqlens)
+                head = policy.head()
+                out = linear_policy_loss(
+                    hidden,
+                    head.weight,
+                    row.target,
+                    row.advantages,
+                    spec,
+                    bias=head.bias,
+                    old_logprob=None if on_policy else old_logprob,
+                    ref_logprob=ref_logprob,
+                    mask=row.loss_mask,
+                    cu_seqlens=row.cu_seqlens,
+                    weights=row.weights if spec.aggregation == "weighted" else None,
+                    denominator=mini.denominator,
+                    backend=backend,
+                )
+                out.loss.backward()
+                losses.append(out.metrics)
+                if not norms:  # nothing has been updated since sampling
+                    gaps.append(rollout_gap(out.logprob, row))
+                del hidden, out
+            if rows[i]:
+                norms.append(session.optimizer.step(lr))
+    if not norms:
+        session.console.message(f"step {step}: no update, {why_no_gradient(batch, config)}")
+    elif not all(map(math.isfinite, norms)):
+        session.console.message(f"step {step}: a gradient is not finite, and was not applied")
+
+    canary = sync(session, step)
+
+    metrics: dict[str, Any] = {"step": step, **batch_metrics(sampled)}
+    metrics |= loss_metrics(losses, len(norms), has_ref=spec.needs_ref)
+    metrics |= {
+        "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+        "lr": lr,
+        "tokens": config.train.passes * sum(row.num_tokens for part in rows for row in part),
+        "skipped_tokens": config.train.passes * sum(mini.skipped_tokens for mini in minis),
+        "rollout_gap_max": float(torch.stack(gaps).max()) if gaps else None,
+        "canary_max_diff": canary,
+    }
+    session.log(metrics, sampled, time.perf_counter() - start)
+
+
+def pack_rows(samples: Sequence[Sample], budget: int, device: torch.device) -> list[PackedBatch]:
+    """The samples in rows of at most `budget` tokens; a longer sample widens them to its size."""
+    if not samples:
+        return []
+    longest = max(len(sample.prompt) + len(sample.completion) for sample in samples)
+    return [row.to(device) for row in pack(samples, max(budget, longest), share_prefix=False)]
+
+
+@torch.no_grad()
+def logprobs(policy: Policy, row: PackedBatch, spec: LossSpec, backend: str | None) -> Tensor:
+    """log p(target[t]) at the spec's temperature under `policy`, fp32 [T]; 0 outside the mask."""
+    hidden = policy.hidden(row.tokens, row.positions, row.cu_seqlens)
+    head = policy.head()
+    return linear_logprob(
+        hidden,
+        head.weight,
+        row.target,
+        bias=head.bias,
+        temperature=spec.temperature,
+        softcap=spec.softcap,
+        logit_scale=spec.logit_scale,
+        mask=row.loss_mask,
+        backend=backend,
+    ).logprob
+
+
+def sync(session: Session, version: int) -> float | None:
+    """Gives the engine the new weights, then compares both on the canary; returns its max |Δ|.
+
+    CanaryError when they differ by more than the coarser dtype's rounding.
+    """
+    parts, backend = session.parts, session.config.train.backend
+    with session.clock("sync"):
+        parts.engine.sync(parts.policy.model.named_parameters(), version)
+        if parts.canary is None:
+            return None
+        weight = parts.policy.head().weight
+        sample = Sample(prompt=parts.canary.prompt, completion=parts.canary.completion)
+        (row,) = pack_rows([sample], 0, weight.device)
+        plain = dataclasses.replace(parts.spec, temperature=1.0)
+        ours = logprobs(parts.policy, row, plain, backend)[row.loss_mask].tolist()
+        coarser = max(weight.dtype, parts.engine.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return parts.canary.check(parts.engine, ours, coarser)
+
+
+def rollout_gap(logprob: Tensor | None, row: PackedBatch) -> Tensor:
+    """max_t |trainer's log-prob - engine's| over the row's loss tokens: how far from on-policy."""
+    assert logprob is not None and row.rollout_logprob is not None
+    return (logprob - row.rollout_logprob)[row.loss_mask].abs().max()
+
+
+def why_no_gradient(groups: Sequence[Group], config: Config) -> str:
+    """In words, for the step that had nothing to learn from."""
+    attempts = [attempt for group in groups for attempt in group.attempts]
+    if all(math.isnan(attempt.reward) for attempt in attempts):
+        first = next((a.error for a in attempts if a.error), "unknown")
+        return f"because no completion could be scored (first reason: {first})"
+    if config.train.mask_truncated and all(a.finish_reason == "length" for a in attempts):
+        return "because every completion was truncated and train.mask_truncated is on"
+    if all(group.zero_variance for group in groups):
+        return (
+            "because all rewards are equal inside every group (too easy, too hard, or too few "
+            "completions per prompt)"
+        )
+    return "because no completion that counts has an advantage"

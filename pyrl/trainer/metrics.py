@@ -1,0 +1,102 @@
+"""From sums and counts to the numbers of metrics.jsonl; the clock of a step's phases."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pyrl.algorithms import Group
+from pyrl.losses import reduce_metrics
+
+STEP_PHASES = ("sample", "score", "logprob", "update", "sync")
+PHASES = (*STEP_PHASES, "evaluate", "checkpoint")
+
+
+class Clock:
+    """Seconds by phase: `with clock("sample"): ...`."""
+
+    def __init__(self, on_phase: Callable[[str], None] = lambda name: None) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._on_phase = on_phase
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last `take`."""
+        spent, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
+        return spent
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Counts what happens inside towards `phase`, the device's queue included."""
+        self._on_phase(phase)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[phase] += time.perf_counter() - start
+
+
+def peak_rss_mib() -> float:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Of everything that was sampled in a step, used for training or not."""
+    attempts = [a for group in groups for a in group.attempts]
+    scored = [a.reward for a in attempts if a.reward == a.reward]
+    lengths = [len(a.tokens) for a in attempts]
+    return {
+        "reward_mean": statistics.fmean(scored) if scored else float("nan"),
+        "reward_std": statistics.pstdev(scored) if scored else float("nan"),
+        "zero_variance_groups": sum(group.zero_variance for group in groups),
+        "groups": len(groups),
+        "nan_rewards": len(attempts) - len(scored),
+        "completion_length_mean": statistics.fmean(lengths),
+        "truncated_share": statistics.fmean(a.finish_reason == "length" for a in attempts),
+        "sampled_tokens": sum(lengths),
+    }
+
+
+def loss_metrics(
+    parts: Iterable[dict[str, Tensor]], updates: int, *, has_ref: bool
+) -> dict[str, float | None]:
+    """Means of the micro-batches' sums: losses per update, everything else per kept token.
+
+    None: `kl` without a reference, and everything when nothing was computed (no gradient at all).
+    """
+    m = {name: float(value) for name, value in reduce_metrics(parts).items()}
+    n = m.get("tokens", 0.0)
+    if n == 0:
+        m, n = {}, 1.0
+
+    def per(name: str, count: float) -> float | None:
+        return m[name] / count if name in m else None
+
+    terms = [per(name, updates) for name in ("policy_loss", "kl_loss", "entropy_loss")]
+    return {
+        "loss": sum(t for t in terms if t is not None) if m else None,
+        "policy_loss": terms[0],
+        "kl_loss": terms[1],
+        "entropy_loss": terms[2],
+        "entropy": per("entropy_sum", n),
+        "kl": per("kl_k3_sum", n) if has_ref else None,
+        "old_kl": per("old_kl_sum", n),
+        "ratio_mean": per("ratio_sum", n),
+        "ratio_min": m.get("ratio_min"),
+        "ratio_max": m.get("ratio_max"),
+        "clip_low_share": per("clip_low", n),
+        "clip_high_share": per("clip_high", n),
+        "dual_clip_share": per("dual_clip", n),
+        "ess": m["ratio_sum"] ** 2 / m["ratio_sq_sum"] / n if m.get("ratio_sq_sum") else None,
+        "logprob_mean": per("logprob_sum", n),
+    }

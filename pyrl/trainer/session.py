@@ -1,0 +1,260 @@
+"""A run around its loop: folder, checkpoints, evaluation, what is logged, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyrl.algorithms import Group
+from pyrl.trainer.checkpoint import FORMAT, CheckpointError, Checkpoints, write_aside
+from pyrl.trainer.config import Config
+from pyrl.trainer.console import Console
+from pyrl.trainer.data import derive_seed
+from pyrl.trainer.evaluate import evaluate, sample_rows
+from pyrl.trainer.interrupt import StopRequest
+from pyrl.trainer.metrics import STEP_PHASES, Clock, peak_rss_mib
+from pyrl.trainer.optimizer import MasterAdamW
+from pyrl.trainer.recipe import ConfigError
+from pyrl.trainer.report import write_report
+from pyrl.trainer.setup import Parts, prepare
+from pyrl.trainer.tracking import RunFolder, Sink, make_sinks, provenance
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run knows of its past, beside weights and moments; part of every checkpoint."""
+
+    step: int = 0
+    position: int = 0
+    """Prompts drawn from the stream so far."""
+    seconds: float = 0.0
+    seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
+    sampled_tokens: int = 0
+    peak_rss_mib: float = 0.0
+    heldout_before: dict[str, float] | None = None
+
+
+@dataclasses.dataclass
+class Session:
+    """Everything that is alive while a run is; made by `Session.open`."""
+
+    config: Config
+    folder: RunFolder
+    console: Console
+    stop: StopRequest
+    checkpoints: Checkpoints
+    parts: Parts
+    optimizer: MasterAdamW
+    progress: Progress
+    sinks: list[Sink]
+    clock: Clock
+    checkpointed: int
+    """Last step that a checkpoint holds."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls, config: Config, path: Path, *, resume: bool, console: Console | None
+    ) -> Iterator[Session]:
+        """Checks and loads everything; on leaving, closes it whatever happened."""
+        folder = RunFolder(path)
+        checkpoints = Checkpoints(folder.checkpoints_path, config.train.keep_checkpoints)
+        if folder.config_path.exists() and not resume:
+            raise ConfigError(f"{path} already holds a run: add --resume to go on with it, or "
+                              "choose another folder with --run")  # fmt: skip
+        saved = checkpoints.load() if resume else None
+        if saved is not None:
+            check_identity(saved["identity"], config, path)
+        with contextlib.ExitStack() as stack:
+            console = stack.enter_context(console or Console(config.train.steps))
+            stop = stack.enter_context(StopRequest(console.message))
+            parts = prepare(config)
+            stack.callback(parts.close)
+            optimizer = MasterAdamW(parts.policy.model, config.optimizer)
+            progress = Progress()
+            if saved is not None:
+                optimizer.load_state_dict(saved["optimizer"])
+                progress = Progress(**saved["progress"])
+                console.message(f"resuming after step {progress.step}")
+            elif resume:
+                console.message(f"no checkpoint in {path} yet: starting from the first step")
+            folder.truncate_after(progress.step if saved is not None else -1)
+            folder.write_config(config.to_toml())
+            resume_step = progress.step if saved is not None else None
+            del saved  # as large as the model and its moments
+            sinks = make_sinks(config.tracking.sinks, folder, resume_step=resume_step)
+            for sink in sinks:
+                stack.callback(sink.close)
+            clock = Clock(console.phase)
+            yield cls(config, folder, console, stop, checkpoints, parts, optimizer, progress,
+                      sinks, clock, -1 if resume_step is None else resume_step)  # fmt: skip
+
+    def begin(self) -> None:
+        """Headline, notes, and the evaluation before the first step."""
+        config, spec, policy = self.config, self.parts.spec, self.parts.policy
+        self.console.banner(
+            {
+                "model": f"{config.model.name} ({config.model.dtype})",
+                "parameters": f"{sum(p.numel() for p in policy.model.parameters()):,}",
+                "task": f"{config.task.name} ({len(self.parts.stream):,} prompts)",
+                "rollout": f"{config.rollout.engine}, {config.rollout.prompts_per_step} prompts x "
+                f"{config.rollout.n} completions x {config.rollout.max_new_tokens} tokens",
+                "loss": f"{config.loss.preset}: {spec.objective}, {spec.aggregation}"
+                + (f", {spec.kl} x {spec.kl_coef}" if spec.needs_ref else ""),
+                "optimizer": f"AdamW, lr {config.optimizer.lr} {config.optimizer.schedule}",
+                "seed": config.train.seed,
+                "run": self.folder.path,
+            }
+        )
+        for text in config.warnings():
+            self.console.message(f"note: {text}")
+        if self.progress.step == 0 and self.progress.heldout_before is None:
+            self.progress.heldout_before = self.heldout("before")
+        self._take_clock()  # what came before is no step's time
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to do."""
+        return self.progress.step < self.config.train.steps and not self.stop.requested
+
+    def heldout(self, label: str) -> dict[str, float] | None:
+        """Evaluates on the held-out prompts, with the same noise every time; None without any."""
+        if not self.parts.heldout:
+            return None
+        with self.clock("evaluate"):
+            found = evaluate(
+                self.parts.engine,
+                self.parts.scorer,
+                self.parts.policy.tokenizer,
+                self.parts.heldout,
+                self.parts.heldout_params,
+                seed=derive_seed(self.config.train.seed, 0, "held-out"),
+            )
+        self.console.evaluation(label, found.result)
+        if label in ("before", "after"):
+            rows = sample_rows(found.groups, self.progress.step, label)
+            self.folder.append_samples(rows)
+        return found.result
+
+    def log(self, metrics: dict[str, Any], sampled: Sequence[Group], seconds: float) -> None:
+        """A finished step: times, memory, periodic evaluation; then everywhere metrics go."""
+        config, now = self.config, self.progress
+        spent = self._take_clock()
+        metrics["tokens_per_second"] = metrics["sampled_tokens"] / seconds
+        metrics["seconds"] = seconds
+        metrics |= {f"seconds_{phase}": spent[phase] for phase in STEP_PHASES}
+        metrics["peak_rss_mib"] = peak_rss_mib()
+        now.step = metrics["step"]
+        now.seconds += seconds
+        now.sampled_tokens += metrics["sampled_tokens"]
+        now.peak_rss_mib = max(now.peak_rss_mib, metrics["peak_rss_mib"])
+        every = config.eval.every
+        if every and now.step % every == 0 and now.step < config.train.steps:
+            result = self.heldout(f"step {now.step}")
+            metrics |= {f"heldout_{k}": (result or {}).get(k) for k in ("mean", "low", "high")}
+        rows = sample_rows(sampled, now.step, "train")
+        self.folder.append_samples(rows[: config.tracking.samples_per_step])
+        self.folder.append_metrics(metrics)
+        for sink in self.sinks:
+            sink.log(now.step, metrics)
+        self.console.step(metrics)
+
+    def checkpoint(self, due: bool | None = None) -> None:
+        """Saves when due (by default: every `train.checkpoint_every` steps).
+
+        A disk that refuses costs this checkpoint, never the run or the checkpoint before.
+        """
+        step, every = self.progress.step, self.config.train.checkpoint_every
+        if due is None:
+            due = every > 0 and step % every == 0
+        if not due or self.checkpointed == step:
+            return
+        state = {
+            "format": FORMAT,
+            "identity": self.config.identity(),
+            "progress": dataclasses.asdict(self.progress),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            with self.clock("checkpoint"):
+                self.checkpoints.save(step, state)
+        except CheckpointError as error:
+            self.console.message(f"warning: {error}; training goes on")
+        else:
+            self.checkpointed = step
+
+    def finish(self) -> dict[str, Any]:
+        """After the last step: checkpoint, evaluation, model, summary, report.
+
+        After Ctrl-C only the checkpoint; returns {"interrupted": step} then, else the summary.
+        """
+        now, config = self.progress, self.config
+        self.checkpoint(due=True)
+        if self.stop.requested:
+            kept = self.checkpoints.latest()
+            source = kept.name if kept else "the start"
+            self.console.message(
+                f"stopped after step {now.step}; to go on from {source}: "
+                f"pyrl train {self.folder.config_path} --run {self.folder.path} --resume"
+            )
+            return {"interrupted": now.step}
+        # Without a step nothing has changed, and a second evaluation would say the same.
+        after = self.heldout("after") if now.step else now.heldout_before
+        self._take_clock()
+        summary: dict[str, Any] = {
+            "model": config.model.name,
+            "task": config.task.name,
+            "seed": config.train.seed,
+            "heldout_before": now.heldout_before,
+            "heldout_after": after,
+            "steps": now.step,
+            "seconds": now.seconds,
+            "seconds_by_phase": now.seconds_by_phase,
+            "tokens_per_second": now.sampled_tokens / now.seconds if now.seconds else None,
+            "peak_rss_mib": max(now.peak_rss_mib, peak_rss_mib()),
+            "run": str(self.folder.path),
+            **provenance(),
+        }
+        if config.train.save_model:
+            try:
+                write_aside(self.folder.model_path, lambda path: self.parts.policy.save(str(path)))
+                summary["model_path"] = str(self.folder.model_path)
+            except OSError as error:
+                self.console.message(f"warning: the final model was not written: {error}; "
+                                     "--resume tries again from the last checkpoint")  # fmt: skip
+        self.folder.write_summary(summary)
+        summary["report"] = str(write_report(self.folder.path))
+        self.console.finish(summary)
+        return summary
+
+    def _take_clock(self) -> dict[str, float]:
+        spent = self.clock.take()
+        totals = self.progress.seconds_by_phase
+        for phase, seconds in spent.items():
+            totals[phase] = totals.get(phase, 0.0) + seconds
+        return spent
+
+
+def check_identity(saved: dict[str, Any], config: Config, path: os.PathLike[str]) -> None:
+    """ConfigError when the checkpoint belongs to a run of other settings: two would be mixed."""
+    ours = config.identity()
+    different = [
+        f"{key} = {saved.get(key)!r} there, {ours.get(key)!r} here"
+        for key in sorted({*saved, *ours})
+        if not _same(saved.get(key), ours.get(key))
+    ]
+    if different:
+        raise ConfigError(
+            f"{path} cannot be resumed with this configuration: {'; '.join(different)} "
+            f"(its own settings: {Path(path) / 'config.toml'})"
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-15)  # a TOML text may round the last bit
+    return bool(a == b)

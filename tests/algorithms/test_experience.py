@@ -1,0 +1,100 @@
+import math
+
+import pytest
+
+from pyrl.algorithms import Attempt, Group, assign_advantages, minibatches
+from pyrl.ops.spec import LossSpec
+
+
+def attempt(reward, length=3, finish="stop", **more):
+    return Attempt([5] * length, [-1.0] * length, finish, "text", reward, **more)
+
+
+def group(*attempts, prompt=4):
+    return Group("id", "text", [7] * prompt, list(attempts))
+
+
+def rewards(*values):
+    return group(*[attempt(v) for v in values])
+
+
+@pytest.mark.parametrize(
+    ("values", "flat"),
+    [((1, 1), True), ((0, 1), False), ((1,), False), ((1, math.nan), True),
+     ((math.nan, math.nan), True), ((0, 1, math.nan), False)],
+)  # fmt: skip
+def test_zero_variance(values, flat):
+    assert rewards(*values).zero_variance is flat
+
+
+def test_advantages_leave_lost_samples_out():
+    groups = [rewards(0.0, 1.0, math.nan), rewards(1.0, 1.0)]
+    metrics = assign_advantages(groups)
+    values = [[a.advantage for a in g.attempts] for g in groups]
+    # Mean 1/2 and unbiased standard deviation sqrt(1/2) of the two that count.
+    assert values[0][:2] == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-5)
+    assert values[0][2] == 0 and not groups[0].attempts[2].keep
+    assert values[1] == [0, 0] and all(a.keep for a in groups[1].attempts)
+    assert metrics["nan_rewards"] == 1 and metrics["groups"] == 2
+
+
+def test_signed_rewards_change_what_the_filters_see():
+    plain, signed = [rewards(0.0, 0.0)], [rewards(0.0, 0.0)]
+    assign_advantages(plain, method="raw", filter=["drop_all_correct"], filter_mode="drop")
+    assign_advantages(signed, method="raw", reward_map="signed")
+    assert [a.advantage for a in plain[0].attempts] == [0, 0]
+    assert [a.advantage for a in signed[0].attempts] == [-1, -1]
+
+
+GRPO, DAPO, DR = (LossSpec.preset(n, max_length=8) for n in ("grpo", "dapo", "dr_grpo"))
+
+
+@pytest.mark.parametrize(("spec", "denominator"), [(GRPO, 4), (DAPO, 3 + 5 + 2 + 4), (DR, 4)])
+def test_zero_advantages_are_skipped_but_counted(spec, denominator):
+    batch = [
+        group(attempt(0, 3, advantage=0.0), attempt(1, 5, advantage=1.0)),
+        group(attempt(0, 2, advantage=-1.0), attempt(0, 4, advantage=0.0)),
+    ]
+    (one,) = minibatches(batch, spec)
+    assert [s.advantage for s in one.samples] == [1.0, -1.0]
+    assert one.denominator == denominator
+    assert one.skipped_tokens == 2 * 4 + 3 + 4
+
+
+@pytest.mark.parametrize("extra", [{"kl_coef": 0.1}, {"entropy_coef": 0.1}])
+def test_nothing_is_skipped_when_every_token_has_a_gradient(extra):
+    batch = [group(attempt(1), attempt(1))]
+    (one,) = minibatches(batch, LossSpec.preset("grpo", **extra))
+    assert len(one.samples) == 2 and one.skipped_tokens == 0
+
+
+def test_masked_and_lost_completions_count_nowhere():
+    batch = [
+        group(
+            attempt(1, 3, advantage=1.0),
+            attempt(1, 5, "length", advantage=1.0),
+            attempt(math.nan, 7, keep=False),
+        )
+    ]
+    (all_in,) = minibatches(batch, DAPO)
+    assert all_in.denominator == 8 and len(all_in.samples) == 2
+    (masked,) = minibatches(batch, DAPO, mask_truncated=True)
+    assert masked.denominator == 3 and len(masked.samples) == 1
+    (by_sequence,) = minibatches(batch, GRPO, mask_truncated=True)
+    assert by_sequence.denominator == 1
+
+
+def test_nothing_left_has_denominator_one():
+    (one,) = minibatches([group(attempt(1, 3, "length"))], DAPO, mask_truncated=True)
+    assert one.samples == [] and one.denominator == 1
+
+
+def test_minibatches_share_out_everything_once():
+    batch = [group(*[attempt(1, advantage=10.0 * g + i) for i in range(5)]) for g in range(1, 4)]
+    order = [(i * 7) % 15 for i in range(15)]
+    parts = minibatches(batch, GRPO, parts=4, order=order)
+    assert sorted(len(p.samples) for p in parts) == [3, 4, 4, 4]
+    everything = [s.advantage for p in parts for s in p.samples]
+    flat = [a.advantage for g in batch for a in g.attempts]
+    assert everything == [flat[i] for i in order]
+    assert sum(p.denominator for p in parts) == 15

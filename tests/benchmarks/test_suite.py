@@ -1,0 +1,206 @@
+"""The suite times only what computes the right thing, and says why anything is missing."""
+
+import dataclasses
+import json
+
+import gpu_check
+import peers
+import pytest
+import registry
+import report
+import row_peers
+import small_peers
+import suite
+import table
+import torch
+import trainer_step
+
+CASE = peers.Case(tokens=64, hidden=16, vocab=512, kept_share=0.5, length=16)
+
+
+def fake(name, make, role="peer"):
+    return registry.Implementation(op="linear_policy_loss", name=name, make=make, role=role)
+
+
+def wrong_gradient(case):
+    naive = peers.make_naive(case)
+
+    def call(inputs):
+        out = naive(inputs)
+        return dataclasses.replace(out, grad_weight=out.grad_weight * 1.01)
+
+    return call
+
+
+def nan_loss(case):
+    naive = peers.make_naive(case)
+    return lambda inputs: dataclasses.replace(naive(inputs), loss=torch.tensor(torch.nan))
+
+
+def missing(case):
+    raise ImportError("No module named 'peerlib'")
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    fakes = (
+        fake("gemm", peers.make_gemm, role="limit"),
+        fake("wrong", wrong_gradient),
+        fake("nan", nan_loss),
+        fake("missing", missing),
+        fake("naive", peers.make_naive),
+    )
+    monkeypatch.setattr(registry, "REGISTRY", fakes)
+    op = suite.op_named("linear_policy_loss")
+    found = suite.run_case(op, CASE, rounds=2, memory=False)
+    return {row["implementation"]: row for row in found}
+
+
+def test_only_sound_implementations_are_timed(rows):
+    assert rows["naive"]["status"] == rows["gemm"]["status"] == "ok"
+    assert rows["naive"]["rounds"] == 2 and rows["naive"]["ratio_to_limit"] > 0
+    assert rows["naive"]["within_rule"] is True
+    for name in ("wrong", "nan"):
+        assert rows[name]["status"] == "wrong" and "ms_p50" not in rows[name]
+        assert rows[name]["within_rule"] is False
+    assert "grad_weight 1.0e-02" in rows["wrong"]["reason"]
+    assert rows["missing"]["status"] == "absent" and "peerlib" in rows["missing"]["reason"]
+
+
+def test_rows_carry_their_conditions_and_print(rows):
+    for row in rows.values():
+        assert {"op", "version", "dtype", "shape", "kept_share", "device", "commit"} <= set(row)
+        json.dumps(row)
+    text = table.markdown(list(rows.values()))
+    assert "50% of rows kept" in text and "absent: ImportError" in text and "wrong" in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["naive", "pyrl-torch", "pyrl-cpu"])
+def test_implementations_agree_with_float64(name, dtype):
+    case = dataclasses.replace(CASE, dtype=dtype)
+    inputs = peers.draw(case, 1)
+    truth = peers.reference(inputs, rows=24)
+    call = registry.find("linear_policy_loss", name).make(case)
+    try:
+        output = call(inputs)
+    except RuntimeError as error:  # this build has no compiled backend
+        pytest.skip(str(error))
+    assert max(suite.errors_of(output, truth).values()) <= suite.GATE[dtype]
+
+
+def test_nothing_is_clipped_and_the_kept_share_is_exact():
+    inputs = peers.draw(dataclasses.replace(CASE, tokens=256), 0)
+    ratio = (peers.logprob(inputs.hidden, inputs.weight, inputs.target) - inputs.old).exp()
+    assert ((ratio > 0.93) & (ratio < 1.07)).all()
+    assert int(inputs.keep.sum()) == 128
+    # One advantage a sequence, as the implementations that take [B, L] assume.
+    assert inputs.advantage.view(-1, 16).std(1).max() == 0
+
+
+@pytest.mark.parametrize("op", ["policy_objective", "group_advantage"])
+@pytest.mark.parametrize("name", ["naive", "pyrl-torch", "pyrl-cpu"])
+def test_small_ops_agree_with_float64(op, name):
+    case = small_peers.SmallCase(op=op, tokens=203, group=8, kept_share=0.5)
+    inputs = small_peers.draw(case, 2)
+    try:
+        output = registry.find(op, name).make(case)(inputs)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    errors = suite.errors_of(output, small_peers.reference(inputs))
+    assert max(errors.values()) <= suite.GATE["float32"]
+
+
+@pytest.mark.parametrize("op", row_peers.OPS)
+def test_row_primitives_agree_with_float64(op):
+    case = row_peers.RowCase(op=op, tokens=37, vocab=301, dtype="float32", device="cpu")
+    inputs = row_peers.draw(case, 3)
+    truth = row_peers.reference(inputs, rows=8)
+    call = row_peers.pyrl_maker(op, "torch")(case)
+    for _ in range(2):  # the second call needs what the in-place gradient overwrote
+        inputs.clear()
+        errors = suite.errors_of(call(inputs), truth)
+        assert max(errors.values()) <= suite.GATE["float32"]
+
+
+def test_unknown_implementations_are_named():
+    with pytest.raises(ValueError, match=r"no implementation 'ligar'.*'liger'"):
+        registry.select("linear_policy_loss", device="cpu", dtype="float32", names=("ligar",))
+
+
+def test_gpu_parts_have_names_and_known_implementations():
+    names = [part.name for part in gpu_check.PARTS]
+    assert len(set(names)) == len(names)
+    for part in gpu_check.PARTS:
+        chosen = registry.select(part.op, device="cuda", dtype=part.case.dtype, names=part.names)
+        assert {"limit", "pyrl"} <= {impl.role for impl in chosen}, part.name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpu_check_without_a_gpu_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu_check.py"])
+    assert gpu_check.main() == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_steps_are_summed_up_without_the_warm_up():
+    steps = [
+        {"seconds": 9.0, "seconds_sample": 5.0, "sampled_tokens": 7},
+        {"seconds": 3.0, "seconds_sample": 1.0, "sampled_tokens": 10},
+        {"seconds": 1.0, "seconds_sample": 0.5, "sampled_tokens": 20},
+        {"seconds": 2.0, "sampled_tokens": 30},
+    ]
+    found = trainer_step.summarize(steps)
+    assert (found["seconds"], found["seconds_first"], found["steps"]) == (2.0, 9.0, 3)
+    assert (found["seconds_sample"], found["sampled_tokens"]) == (0.5, 20.0)
+    with pytest.raises(ValueError, match="at least one after the warm-up"):
+        trainer_step.summarize(steps[:1])
+
+
+def test_a_trainers_recipe_is_a_recipe():
+    from pyrl.trainer.config import Config
+
+    config = Config.model_validate(trainer_step.pyrl_recipe(trainer_step.Workload(), "float32"))
+    assert config.rollout.prompts_per_step * config.rollout.n == 64
+    assert config.loss.spec().aggregation == "token_mean"
+
+
+def test_watched_process_reports_status_and_memory(tmp_path):
+    import sys
+
+    code = "import time; x = bytearray(200 << 20); time.sleep(1.5); raise SystemExit(3)"
+    done = trainer_step.run_watched([sys.executable, "-c", code], tmp_path / "log")
+    assert done["returncode"] == 3
+    assert done["peak_rss_mib"] > 200
+    assert 200 < done["peak_tree_mib"] < 260
+    late = trainer_step.run_watched(
+        [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", deadline=0.2
+    )
+    assert late["returncode"] != 0
+
+
+def test_dense_reward_separates_completions():
+    import trainer_task
+
+    task = trainer_task.Dense()
+    prompt = task.prompts("train")[0]
+    texts = ["", "a", "b", "an apple", "strength", "Zürich is a city."]
+    assert len({task.score(prompt, text) for text in texts}) == len(texts)
+
+
+def test_report_is_made_from_files_alone(tmp_path, rows):
+    from harness import write_rows
+
+    members = [{**row, "kept_share": 1.0} for row in rows.values()]
+    write_rows(tmp_path / "linear_policy_loss.jsonl", members)
+    steps = {
+        "op": "trainer_step", "implementation": "trl", "version": "1", "dtype": "float32",
+        "shape": [8, 8, 32], "kept_share": 1.0, "settings": "dense reward", "note": "as is",
+        "status": "failed", "reason": "no memory", "device": "cpu", "threads": 2, "torch": "2",
+        "commit": "c", "date": "2026-01-01T00:00:00+00:00", "load": 0.1,
+    }  # fmt: skip
+    write_rows(tmp_path / "trainer_step.jsonl", [steps])
+    text_path, picture = report.write(tmp_path)
+    text = text_path.read_text()
+    assert picture.stat().st_size > 0 and picture.name in text
+    assert "failed: no memory" in text and "× limit" in text

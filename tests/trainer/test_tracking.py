@@ -1,0 +1,300 @@
+"""The run folder's files and the sinks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pyrl.trainer import tracking
+from pyrl.trainer.tracking import RunFolder, make_sinks, plain, read_jsonl, write_atomic
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_makes_the_folder_with_its_parents(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "a" / "b")
+    assert run.path.is_dir()
+    assert run.metrics_path == tmp_path / "a" / "b" / "metrics.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.tensor(1.5), 1.5),
+        (torch.tensor(3), 3),
+        (torch.tensor(0.25, dtype=torch.bfloat16), 0.25),
+        (torch.tensor(2.0, requires_grad=True), 2.0),
+        (torch.tensor(float("nan")), None),
+        (np.float32(0.5), 0.5),
+        (np.int64(7), 7),
+        (float("inf"), None),
+        (float("-inf"), None),
+        (True, True),
+        (None, None),
+        ("text", "text"),
+        (Path("a/b"), "a/b"),
+        ({"x": [torch.tensor(1), (float("nan"), 2)]}, {"x": [1, [None, 2]]}),
+    ],
+)
+def test_plain(value: Any, expected: Any) -> None:
+    converted = plain(value)
+    assert converted == expected
+    assert type(converted) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": [1, torch.zeros(2)]}, r"metrics\.a\[1\]: a Tensor of shape \(2,\)"),
+        ({"b": object()}, r"metrics\.b: a object cannot"),
+    ],
+)
+def test_plain_names_what_it_cannot_write(value: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        plain(value, "metrics")
+
+
+def test_metrics_are_one_line_a_step_and_on_disk_at_once(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in (1, 2):
+        run.append_metrics({"step": step, "loss": torch.tensor(0.5 * step), "kl": float("nan")})
+        assert lines(run.metrics_path)[-1] == {"step": step, "loss": 0.5 * step, "kl": None}
+    assert len(lines(run.metrics_path)) == 2
+
+
+def test_a_metric_that_cannot_be_written_leaves_the_file_alone(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.append_metrics({"step": 1})
+    with pytest.raises(TypeError):
+        run.append_metrics({"step": 2, "bad": torch.zeros(3)})
+    assert lines(run.metrics_path) == [{"step": 1}]
+
+
+def test_samples_keep_any_text(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    texts = [
+        "naïve → 你好",
+        'quote " and \\ and \n',
+        "\u2028\u2029",
+        "\x00\x1b",
+        "half \ud800 pair",
+    ]
+    run.append_samples([{"step": 1, "completion": text} for text in texts])
+    run.append_samples([])
+    records, unreadable = read_jsonl(run.samples_path)
+    assert [r["completion"] for r in records] == texts
+    assert unreadable == []
+    assert "你好".encode() in run.samples_path.read_bytes()  # readable as it lies there
+
+
+def test_append_drops_the_half_line_of_a_killed_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.append_metrics({"step": 1})
+    with open(run.metrics_path, "ab") as file:
+        file.write(b'{"step": 2, "loss": 0.' + b"1" * 200_000)
+    run.append_metrics({"step": 2})
+    assert lines(run.metrics_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_truncate_after(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in range(1, 6):
+        run.append_metrics({"step": step})
+        run.append_samples([{"step": step, "phase": "train"}] * 2)
+    run.append_metrics({"note": "no step"})
+    with open(run.metrics_path, "ab") as file:
+        file.write(b'{"step": 6, "lo')
+    run.truncate_after(3)
+    assert lines(run.metrics_path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"note": "no step"}]
+    assert [s["step"] for s in lines(run.samples_path)] == [1, 1, 2, 2, 3, 3]
+    run.truncate_after(0)
+    assert lines(run.metrics_path) == [{"note": "no step"}]
+
+
+def test_truncate_keeps_a_whole_last_line_without_its_newline(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.metrics_path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    run.truncate_after(2)
+    assert run.metrics_path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_truncate_of_an_empty_folder_makes_no_files(tmp_path: Path) -> None:
+    RunFolder(tmp_path).truncate_after(3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truncate_refuses_to_throw_away_a_damaged_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    before = b'{"step": 1}\nnot json\n{"step": 2}\n'
+    run.metrics_path.write_bytes(before)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
+        run.truncate_after(1)
+    assert run.metrics_path.read_bytes() == before
+
+
+def test_summary_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.write_summary({"steps": 1, "reward": torch.tensor(0.5)})
+    with pytest.raises(TypeError):
+        run.write_summary({"steps": object()})
+    assert json.loads(run.summary_path.read_text()) == {"steps": 1, "reward": 0.5}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_read_tolerates_whatever_is_there(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read().metrics == []
+    run.metrics_path.write_bytes(
+        b'{"step": 2, "v": 1}\n[1]\n{"step": 1}\n\xff\xfe\n\n{"step": 2, "v": 2}\n{"st'
+    )
+    run.summary_path.write_text("{")
+    record = run.read()
+    assert record.metrics == [{"step": 1}, {"step": 2, "v": 2}]
+    assert record.unreadable == {"metrics.jsonl": [2, 4, 7], "summary.json": [0]}
+    assert record.summary == {}
+
+
+def test_provenance_names_the_commit_and_its_changes(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    assert tracking.source_commit(tmp_path) is None  # not a checkout
+    git("init", "-q")
+    assert tracking.source_commit(tmp_path) is None  # no commit yet
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "untracked").write_text("1")
+    assert tracking.source_commit(tmp_path) == head
+    (tmp_path / "file").write_text("2")
+    assert tracking.source_commit(tmp_path) == f"{head}+changes"
+
+    versions = tracking.provenance()["versions"]
+    assert versions["torch"] == torch.__version__
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+class FakeRun:
+    """Stands for a wandb run and for the trackio module: the calls pyrl makes, recorded."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def init(self, **settings: Any) -> FakeRun:
+        self.calls.append(("init", settings))
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.calls.append(("log", (step, values)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_sinks_get_finite_numbers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeRun()
+    module = types.ModuleType(name)
+    module.__dict__.update(init=fake.init, log=fake.log, finish=fake.finish)
+    monkeypatch.setitem(sys.modules, name, module)
+    (sink,) = make_sinks([name], RunFolder(tmp_path / "my-run"))
+    sink.log(3, {"step": 3, "loss": torch.tensor(0.5), "kl": float("nan"), "note": "x", "n": 2})
+    sink.close()
+    assert fake.calls[0][1]["name"] == "my-run"
+    assert fake.calls[1:] == [("log", (3, {"loss": 0.5, "n": 2.0})), ("finish", None)]
+
+
+def test_a_resumed_wandb_run_continues_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeRun()
+    module = types.ModuleType("wandb")
+    module.__dict__.update(init=fake.init)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for resume_step in (None, 5, None):
+        make_sinks(["wandb"], RunFolder(tmp_path), resume_step=resume_step)
+    first, resumed, fresh = [settings["id"] for _, settings in fake.calls]
+    assert first == resumed != fresh
+
+
+@pytest.mark.parametrize("name", list(tracking.SINKS))
+def test_a_missing_package_names_the_extra(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [])  # nothing more can be imported
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'pyrl\[{name}\]'"):
+        make_sinks([name], RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["wandb", "mlflow"], r"sinks\[1\]='mlflow': expected one of \['tensorboard', 'trackio'"),
+        (["trackio", "trackio"], r"sinks\[1\]='trackio': named twice"),
+    ],
+)
+def test_bad_sink_names(names: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_sinks(names, RunFolder(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sink_that_fails_closes_those_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeRun()
+    module = types.ModuleType("trackio")
+    module.__dict__.update(init=fake.init, finish=fake.finish)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError):
+        make_sinks(["trackio", "wandb"], RunFolder(tmp_path))
+    assert fake.calls[-1] == ("finish", None)
+
+
+def test_tensorboard_for_real(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFolder(tmp_path)
+    for resume_step, steps in ((None, (1, 2, 3)), (1, (2, 3))):
+        (sink,) = make_sinks(["tensorboard"], run, resume_step=resume_step)
+        for step in steps:
+            sink.log(step, {"reward": float(step if resume_step is None else -step)})
+        sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 1), (2, -2), (3, -3)]

@@ -1,0 +1,58 @@
+"""Tasks whose rewards go wrong in one way each."""
+
+from pyrl.tasks import LazyPrompts, Prompt
+
+
+class Toy:
+    name = "toy"
+    trusted = True
+
+    def prompts(self, split):
+        return LazyPrompts(8, lambda i: Prompt(f"{split}-{i}", f"{i} {split}"))
+
+    def score(self, prompt, completion):
+        raise NotImplementedError
+
+
+class Equal(Toy):
+    def score(self, prompt, completion):
+        return 1.0
+
+
+class Raises(Toy):
+    def score(self, prompt, completion):
+        raise RuntimeError("the verifier is broken")
+
+
+class SomeLost(Toy):
+    """NaN for completions of an odd length, else the share of letters."""
+
+    def score(self, prompt, completion):
+        if len(completion) % 2:
+            return float("nan")
+        return sum(c.isalpha() for c in completion) / max(1, len(completion))
+
+
+class HalfFlat(Toy):
+    """Prompts with an even number give everyone the same reward."""
+
+    def score(self, prompt, completion):
+        if int(prompt.id.split("-")[1]) % 2 == 0:
+            return 0.5
+        return sum(c.isalpha() for c in completion) / max(1, len(completion))
+
+
+class Long(Toy):
+    def prompts(self, split):
+        texts = [f"{'x' * (10 if i else 600)} {i} {split}" for i in range(4)]
+        return [Prompt(f"{split}-{i}", text) for i, text in enumerate(texts)]
+
+
+class NoHeldout(Toy):
+    def prompts(self, split):
+        return super().prompts(split) if split == "train" else []
+
+
+class Empty(Toy):
+    def prompts(self, split):
+        return []
