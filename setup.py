@@ -156,6 +156,8 @@ class BuildPython(build_py):
 setup(
     packages=[*find_packages(include=["pyrl", "pyrl.*"]), "pyrl.kernels"],
     package_dir={"pyrl.kernels": "kernels"},
+    # Stated, not gathered: MANIFEST.in is about the source archive, not about what is installed.
+    include_package_data=False,
     package_data={"pyrl": ["py.typed"], "pyrl.trainer": ["page/*"]},
     ext_modules=[Extension(name, sources=[]) for name in choose()],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},

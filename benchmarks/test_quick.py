@@ -1,5 +1,5 @@
-"""`pytest benchmarks`: the quick cases through pytest-benchmark. No time is ever asserted, only that
-what is timed computes the right thing."""
+"""`pytest benchmarks`: the quick cases through pytest-benchmark. No time is ever asserted, only
+that what is timed computes the right thing."""
 
 import pytest
 from peers import Case

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in its interpreter, which must be chosen before triton loads."""
+"""Without a GPU, Triton kernels run in its interpreter: chosen before triton is imported."""
 
 import os
 
@@ -6,3 +6,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# One thread: the tensors here are small, and on a busy machine two threads wait for each other.
+torch.set_num_threads(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def linear_policy_loss(
     where = layout(target, mask, cu_seqlens)
     check_head(hidden, weight, target, bias)
     name = select(backend, hidden.device)
-    head = {
+    head: dict[str, Any] = {
         "temperature": spec.temperature,
         "softcap": spec.softcap,
         "logit_scale": spec.logit_scale,
@@ -83,8 +85,8 @@ def linear_policy_loss(
             raise ValueError("ref_hidden and ref_logprob are two sources of one thing: give one")
         with torch.no_grad():
             frozen = weight if ref_weight is None else ref_weight
-            ref_logprob = linear_logprob(ref_hidden, frozen, target, bias=bias, **head).logprob  # type: ignore[arg-type]
-    inputs = {
+            ref_logprob = linear_logprob(ref_hidden, frozen, target, bias=bias, **head).logprob
+    inputs: dict[str, Any] = {
         "old_logprob": old_logprob,
         "ref_logprob": ref_logprob,
         "rollout_logprob": rollout_logprob,
@@ -92,18 +94,19 @@ def linear_policy_loss(
         "denominator": denominator,
     }
     if name in FORMULA_BACKENDS:
-        out = linear_logprob(hidden, weight, target, bias=bias, **head)  # type: ignore[arg-type]
-        shared = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": name}
+        out = linear_logprob(hidden, weight, target, bias=bias, **head)
         composed = policy_objective(
             out.logprob,
             advantages,
             spec,
             entropy=out.entropy,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            backend=name,
             **inputs,
-            **shared,  # type: ignore[arg-type]
         )
         return composed._replace(logprob=out.logprob.detach(), entropy=out.entropy.detach())
-    fields = collect(where, spec, advantages, **inputs)  # type: ignore[arg-type]
+    fields = collect(where, spec, advantages, **inputs)
     needs = torch.is_grad_enabled()
     loss, logprob, entropy, metrics, *_ = _linear_policy_loss(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -152,10 +155,9 @@ def _linear_policy_loss(
     step = chunk_rows(x, weight.shape[0])
     needs = (needs_hidden, needs_weight, needs_bias)
     grads = HeadGradients(hidden, weight, bias, needs, chunks=-(-len(x) // step))
-    y, inv, *fields = (
-        None if v is None else v[index]
-        for v in (target, inv_temperature, old, ref, advantage, token_weight, keep)
-    )
+    y, inv = target[index], inv_temperature[index]
+    old_x, ref_x = (None if v is None else v[index] for v in (old, ref))
+    adv_x, weight_x, keep_x = advantage[index], token_weight[index], keep[index]
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     logprob, entropy = (torch.zeros(target.shape, device=x.device) for _ in range(2))
     for i in range(0, len(x), step):
@@ -165,7 +167,8 @@ def _linear_policy_loss(
         stats = kernels.logits_stats(z, y[rows], inv[rows], scale, cap)
         logprob[where], entropy[where] = stats[0], stats[1]
         if any(grads.needs):
-            part = (None if v is None else v[rows] for v in fields)
+            old_i, ref_i = (None if v is None else v[rows] for v in (old_x, ref_x))
+            part = (old_i, ref_i, adv_x[rows], weight_x[rows], keep_x[rows])
             _, c, h, _ = kernels.objective_terms(stats[0], stats[1], *part, params)
             kernels.logits_grad_(z, y[rows], inv[rows], scale, cap, stats[2], stats[1], c, h, None)
             grads.add(z, x[rows], w, where)
@@ -177,7 +180,7 @@ def _linear_policy_loss(
 
 
 @_linear_policy_loss.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _(
     hidden,
     weight,
     bias,
@@ -200,11 +203,11 @@ def _(  # type: ignore[no-untyped-def]
     return vector.new_empty(()), vector, torch.empty_like(vector), metrics, *gradients
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*output[4:])
 
 
-def _backward(ctx, g, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, g, *_):
     if torch.compiler.is_compiling():
         dx, dw, db = (v * g for v in ctx.saved_tensors)
     else:

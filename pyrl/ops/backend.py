@@ -17,7 +17,7 @@ from torch import Tensor
 
 logger = logging.getLogger("pyrl")
 
-#: One line per backend: its module, the device types it serves, in the order automatic choice tries.
+#: One line per backend: its module and the device types it serves, best first.
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "triton": ("pyrl.ops.backends.triton", ("cuda",)),
     "cuda": ("pyrl.ops.backends.cuda", ("cuda",)),
@@ -34,11 +34,15 @@ class BackendUnavailableError(RuntimeError):
 class Backend(Protocol):
     """What a backend file supplies. `n` rows of a chunk of raw logits `z[n, V]`; fp32 vectors."""
 
-    def unavailable_reason(self) -> str | None: ...
+    def unavailable_reason(self) -> str | None:
+        """None if usable here, else why not."""
+        ...
 
     def logits_stats(
         self, z: Tensor, target: Tensor, inv_temperature: Tensor, logit_scale: float, softcap: float
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logprob, entropy, lse [n] of softmax(x), x = softcap(z * scale) * inv_temperature."""
+        ...
 
     def logits_grad_(
         self,
@@ -52,7 +56,9 @@ class Backend(Protocol):
         c: Tensor,
         h: Tensor,
         g: Tensor | None,
-    ) -> None: ...
+    ) -> None:
+        """z <- dL/dz for dL/dlogprob = c, dL/dentropy = h, dL/dlse = g; in place, in z's dtype."""
+        ...
 
     def objective_terms(
         self,
@@ -64,7 +70,9 @@ class Backend(Protocol):
         weight: Tensor,
         keep: Tensor,
         params: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """loss (0-d), dloss/dlogprob [T], dloss/dentropy [T], metrics (see ops/objective.py)."""
+        ...
 
     def group_advantage_terms(
         self,
@@ -74,7 +82,9 @@ class Backend(Protocol):
         method: int,
         unbiased: bool,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """advantages[n], group minimum[n], group maximum[n]; group g is order[offsets[g:g+2]]."""
+        ...
 
 
 def load(name: str) -> Backend:
@@ -83,7 +93,7 @@ def load(name: str) -> Backend:
     return cast(Backend, module)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _reason(name: str) -> str | None:
     # A fact of the machine, so a traced graph may hold its value.
     return load(name).unavailable_reason()
@@ -126,10 +136,10 @@ def _interprets(name: str, device: torch.device) -> bool:
     return name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 @functools.cache
 def _automatic(device_type: str) -> str:
-    skipped = []
+    skipped: list[str] = []
     for name, (_, devices) in TABLE.items():
         if device_type not in devices:
             continue

@@ -135,5 +135,5 @@ def _group_advantage(
 
 
 @_group_advantage.register_fake
-def _(rewards, order, offsets, method, unbiased, eps, backend):  # type: ignore[no-untyped-def]
+def _(rewards, order, offsets, method, unbiased, eps, backend):
     return tuple(torch.empty_like(rewards) for _ in range(3))

@@ -6,8 +6,7 @@ GEMM into `[rows, V]` raw logits, then the backend's row kernels on that buffer.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +26,6 @@ class LogProb(NamedTuple):
     logprob: Tensor
     entropy: Tensor
     lse: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Logits:
-    """How raw logits become a distribution: x = softcap(z * scale) * inv_temperature[row]."""
-
-    inv_temperature: Tensor
-    scale: float
-    softcap: float
-
-    def rows(self, index: Tensor) -> Logits:
-        return dataclasses.replace(self, inv_temperature=self.inv_temperature[index])
 
 
 def linear_logprob(
@@ -71,25 +58,13 @@ def linear_logprob(
     check_head(hidden, weight, target, bias)
     x = hidden.reshape(-1, hidden.shape[-1])
     y = target.reshape(-1)
-    logits = Logits(inv_temperature(temperature, target), logit_scale, softcap or 0.0)
+    inv, cap = inv_temperature(temperature, target), softcap or 0.0
     name = select(backend, hidden.device)
     if name == "reference":
         check_targets(y, where.keep, weight.shape[0])
-        out = reference.linear_logprob(
-            x, weight, y, bias, logits.inv_temperature, logits.softcap, logits.scale, where.keep
-        )
+        out = reference.linear_logprob(x, weight, y, bias, inv, cap, logit_scale, where.keep)
     else:
-        out = _linear_logprob(
-            x,
-            weight,
-            y,
-            bias,
-            logits.inv_temperature,
-            where.keep,
-            softcap or 0.0,
-            logit_scale,
-            name,
-        )
+        out = _linear_logprob(x, weight, y, bias, inv, where.keep, cap, logit_scale, name)
     return LogProb(*(v.float().reshape(target.shape) for v in out))
 
 
@@ -160,11 +135,11 @@ class HeadGradients:
         chunks: int,
     ) -> None:
         self.chunks = chunks
-        new = {"dtype": torch.float32, "device": hidden.device}
         self.needs = needs
         self.hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
-        self.weight = torch.zeros(weight.shape if needs[1] else 0, **new)
-        self.bias = torch.zeros(0 if bias is None or not needs[2] else bias.shape, **new)
+        self.weight = hidden.new_zeros(weight.shape if needs[1] else (0,), dtype=torch.float32)
+        used = bias is not None and needs[2]
+        self.bias = hidden.new_zeros(weight.shape[:1] if used else (0,), dtype=torch.float32)
         self._dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
 
     def add(self, dz: Tensor, x: Tensor, weight: Tensor, index: Tensor | slice) -> None:
@@ -183,8 +158,8 @@ class HeadGradients:
             self.weight += torch.mm(dz.t(), x, out_dtype=torch.float32)
             return
         # Half-precision GEMMs on the CPU round their result. One chunk's result is rounded at the
-        # end anyway; parts of a sum may cancel, so they are formed in fp32, a slab of the vocabulary
-        # at a time to keep the casts in cache.
+        # end anyway; parts of a sum may cancel, so they are formed in fp32, a slab of the
+        # vocabulary at a time to keep the casts in cache.
         exact = self.chunks > 1
         x = x.float() if exact else x
         for v in range(0, self.weight.shape[0], 4096):
@@ -239,7 +214,7 @@ def _linear_logprob(
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, target, bias, inv_temperature, keep, softcap, logit_scale, backend):  # type: ignore[no-untyped-def]
+def _(hidden, weight, target, bias, inv_temperature, keep, softcap, logit_scale, backend):
     return tuple(hidden.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
 
 
@@ -282,7 +257,7 @@ def _linear_logprob_backward(
 
 
 @_linear_logprob_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _(
     hidden,
     weight,
     target,
@@ -318,14 +293,14 @@ def fake_gradients(
     return dhidden, weight.new_empty(weight.shape if needs_weight else 0), dbias
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     hidden, weight, target, bias, inv_temperature, keep, *ctx.rest = inputs
     _, entropy, lse = output
     ctx.has_bias = bias is not None
     ctx.save_for_backward(hidden, weight, target, bias, inv_temperature, keep, entropy, lse)
 
 
-def _backward(ctx, c, h, g):  # type: ignore[no-untyped-def]
+def _backward(ctx, c, h, g):
     hidden, weight, target, bias, inv_temperature, keep, entropy, lse = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     c, h, g = (torch.zeros_like(lse) if v is None else v.contiguous() for v in (c, h, g))

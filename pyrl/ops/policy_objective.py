@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from pyrl.ops.backend import load, select
 from pyrl.ops.objective import policy_objective_terms
 from pyrl.ops.shapes import Layout, check_finite, flat_float, layout, per_token, token_weights
 from pyrl.ops.spec import METRICS, LossSpec
-
 
 #: Backends that differentiate the formula itself instead of returning closed-form gradients.
 FORMULA_BACKENDS = ("reference", "torch")
@@ -135,7 +134,14 @@ def collect(
 
 def as_double(fields: Fields) -> Fields:
     """The same fields in float64, for the oracle."""
-    return Fields(*(v if v is None or v.dtype == torch.bool else v.double() for v in fields))
+    old, ref, advantage, weight, keep = fields
+    return Fields(
+        None if old is None else old.double(),
+        None if ref is None else ref.double(),
+        advantage.double(),
+        weight.double(),
+        keep,
+    )
 
 
 def named_metrics(metrics: Tensor, where: Layout) -> dict[str, Tensor]:
@@ -167,17 +173,17 @@ def _policy_objective(
 
 
 @_policy_objective.register_fake
-def _(logprob, entropy, old, ref, advantage, weight, keep, spec, backend):  # type: ignore[no-untyped-def]
+def _(logprob, entropy, old, ref, advantage, weight, keep, spec, backend):
     metrics = logprob.new_empty(len(METRICS), dtype=torch.float64)
     return logprob.new_empty(()), torch.empty_like(logprob), torch.empty_like(logprob), metrics
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.has_entropy = inputs[1] is not None
     ctx.save_for_backward(output[1], output[2])
 
 
-def _backward(ctx, g, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, g, *_):
     c, h = ctx.saved_tensors
     # Selecting keeps 0 * inf out of tokens that have no gradient.
     dlogprob = torch.where(c != 0, c * g, 0.0)

@@ -23,10 +23,12 @@ class Layout:
 
     @property
     def tokens(self) -> int:
+        """T, kept or not."""
         return self.keep.numel()
 
     @property
     def sequences(self) -> int | None:
+        """B, where known."""
         return None if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
     def sequence_ids(self) -> Tensor:
@@ -64,7 +66,8 @@ def layout(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layo
 def _check_bounds(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
-            f"cu_seqlens: expected integers [B + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            "cu_seqlens: expected integers [B + 1], "
+            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     bounds = cu_seqlens.to(like.device, torch.int64)
     # Values are checked where that costs no wait for the device and does not break a traced graph.
@@ -122,7 +125,7 @@ def per_token(name: str, value: Tensor, where: Layout) -> Tensor:
 
 
 def check_finite(name: str, value: Tensor, keep: Tensor) -> None:
-    """ValueError naming the first kept position that is not finite (CPU tensors, not while tracing)."""
+    """ValueError naming the first kept position that is not finite (on the CPU, untraced)."""
     if value.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = (~value.isfinite() & keep).nonzero()

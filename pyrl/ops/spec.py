@@ -125,7 +125,7 @@ class LossSpec:
         _positive("temperature", self.temperature)
         _positive("softcap", self.softcap)
         _positive("max_length", self.max_length)
-        # Made once, here: the registered ops take the spec as text, and a traced graph cannot make it.
+        # Made here, once: the registered ops take the spec as text, which tracing cannot make.
         object.__setattr__(self, "_json", json.dumps(self.to_dict(), sort_keys=True))
 
     @classmethod
@@ -154,14 +154,17 @@ class LossSpec:
 
     @classmethod
     def from_json(cls, text: str) -> LossSpec:
+        """The spec that `to_json` wrote."""
         return _from_json(text)
 
     @property
     def needs_ref(self) -> bool:
+        """Whether a reference log-prob is needed."""
         return self.kl_coef != 0
 
     @property
     def needs_entropy(self) -> bool:
+        """Whether the entropy must be given with a gradient."""
         return self.entropy_coef != 0
 
     def params(self) -> Tensor:

@@ -144,6 +144,7 @@ class VLLMEngine:
             kv_cache_gib = 1.0 if kv_cache_gib is None else kv_cache_gib
         if kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
+        self._own_group = not torch.distributed.is_initialized()
         with _untouched_process(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own making
             self._llm = self._vllm.LLM(model_path, **(options | llm_options))
@@ -331,9 +332,10 @@ class VLLMEngine:
             return
         llm.llm_engine.engine_core.shutdown()
         del llm
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        if self._own_group:  # else the process group is the trainer's
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        cleanup_dist_env_and_memory()
+            cleanup_dist_env_and_memory()
         gc.collect()
 
 

@@ -34,6 +34,7 @@ def exact(logits, temperature=1.0, top_k=0, top_p=1.0):
         {"top_p": 0.6},
         {"top_p": 0.01},
         {"top_k": 5, "top_p": 0.7, "temperature": 1.7},
+        {"top_p": 0.8, "temperature": 3.0},
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ from pyrl import _native
 
 
 def unavailable_reason() -> str | None:
+    """None if usable here, else why not."""
     return _native.native_reason()
 
 

@@ -10,6 +10,7 @@ from pyrl import _native
 
 
 def unavailable_reason() -> str | None:
+    """None if usable here, else why not."""
     reason = _native.cuda_reason()
     if reason is None and not torch.cuda.is_available():
         reason = "torch sees no CUDA device"

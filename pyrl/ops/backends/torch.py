@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 def unavailable_reason() -> str | None:
+    """None if usable here, else why not."""
     return None
 
 
@@ -28,6 +29,7 @@ def _scaled(
 def logits_stats(
     z: Tensor, target: Tensor, inv_temperature: Tensor, logit_scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Backend.logits_stats`."""
     x, _ = _scaled(z, inv_temperature, logit_scale, softcap)
     lse = torch.logsumexp(x, dim=1)
     p = torch.where(x > -torch.inf, (x - lse[:, None]).exp(), 0.0)
@@ -48,6 +50,7 @@ def logits_grad_(
     h: Tensor,
     g: Tensor | None,
 ) -> None:
+    """See `Backend.logits_grad_`."""
     x, slope = _scaled(z, inv_temperature, logit_scale, softcap)
     logp = x - lse[:, None]
     p = torch.where(x > -torch.inf, logp.exp(), 0.0)
@@ -62,6 +65,7 @@ def logits_grad_(
 def group_advantage_terms(
     rewards: Tensor, order: Tensor, offsets: Tensor, method: int, unbiased: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Backend.group_advantage_terms`."""
     n = rewards.numel()
     group = torch.empty_like(order)
     group[order] = torch.searchsorted(offsets[1:], torch.arange(n, device=order.device), right=True)

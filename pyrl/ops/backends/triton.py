@@ -1,4 +1,4 @@
-"""Triton kernels (kernels/, shipped as pyrl.kernels), compiled on a GPU or interpreted on the CPU."""
+"""Triton kernels (kernels/, shipped as pyrl.kernels): compiled on a GPU, interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ __all__ = [
 
 # Imported on first call: triton itself is optional, and reads TRITON_INTERPRET when it is imported.
 def logits_stats(*args: Any) -> Any:
+    """See `Backend.logits_stats`."""
     from pyrl.kernels import logits
 
     return logits.logits_stats(*args)
 
 
 def logits_grad_(*args: Any) -> Any:
+    """See `Backend.logits_grad_`."""
     from pyrl.kernels import logits
 
     return logits.logits_grad_(*args)
 
 
 def objective_terms(*args: Any) -> Any:
+    """See `Backend.objective_terms`."""
     from pyrl.kernels import objective
 
     return objective.objective_terms(*args)
 
 
 def group_advantage_terms(*args: Any) -> Any:
+    """See `Backend.group_advantage_terms`."""
     from pyrl.kernels import group_advantage
 
     return group_advantage.group_advantage_terms(*args)
