@@ -204,16 +204,22 @@ def _(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*output[4:])
+    # Detached, or the graph would hold itself; not save_for_backward, whose reference would make
+    # autograd copy dweight instead of taking it over.
+    ctx.gradients = [v.detach() for v in output[4:]]
 
 
 def _backward(ctx, g, *_):
+    if ctx.gradients is None:
+        raise RuntimeError(
+            "linear_policy_loss: backward ran a second time; its gradients were formed in the "
+            "forward and handed over in the first"
+        )
     if torch.compiler.is_compiling():
-        dx, dw, db = (v * g for v in ctx.saved_tensors)
+        dx, dw, db = (v * g for v in ctx.gradients)
     else:
-        # In place, because a second dweight would double the peak. Autograd notices the mutation,
-        # so a second backward through the same loss raises instead of scaling twice.
-        dx, dw, db = (v.mul_(g) for v in ctx.saved_tensors)
+        dx, dw, db = (v.mul_(g) for v in ctx.gradients)  # a second dweight would double the peak
+        ctx.gradients = None
     used = ctx.needs_input_grad
     gradients = (dx if used[0] else None, dw if used[1] else None, db if used[2] else None)
     return *gradients, *([None] * 12)
