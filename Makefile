@@ -16,7 +16,8 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(STAMPS)/$(if $(filter vllm,$(ROLLOUT)),vllm,pyrl) ## teach SmolLM2-135M to follow instructions (RUN= SEED= ROLLOUT=vllm)
-	$(BIN)/pyrl train recipes/quickstart.toml --rollout.engine $(ROLLOUT) --train.seed $(SEED) --run $(RUN)
+	$(BIN)/pyrl train recipes/quickstart.toml --run $(RUN) --train.seed $(SEED) \
+	  --rollout.engine $(ROLLOUT) $(if $(filter vllm,$(ROLLOUT)),--rollout.options '{dtype = "float32"}')
 
 test: $(STAMPS)/test ## the test suite
 	$(BIN)/pytest -q -m "not slow and not vllm"

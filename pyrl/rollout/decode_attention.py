@@ -208,12 +208,8 @@ def _attend_causal(
 
 
 @contextlib.contextmanager
-def decoding(model: Any, cache: KVCache) -> Iterator[None]:
-    """Run `model` with `pyrl_decode`, in eval mode, without gradients; all is put back after.
-
-    `no_grad` and not `inference_mode`: some rotary embeddings keep buffers they computed in a
-    forward, and the trainer's next backward must be able to use them.
-    """
+def decoding(model: Any) -> Iterator[None]:
+    """Run `model` with `pyrl_decode`, in eval mode; its attention and modes are put back after."""
     # transformers' own registry; a name without a mask function gets no mask built for it.
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -222,16 +218,28 @@ def decoding(model: Any, cache: KVCache) -> Iterator[None]:
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     training = [m for m in model.modules() if m.training]
-    token = _active.set(cache)
     try:
         model.eval()
         for config in configs.values():
             config._attn_implementation = NAME
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
         for m in training:
             m.training = True
+
+
+@contextlib.contextmanager
+def using(cache: KVCache) -> Iterator[None]:
+    """Let `pyrl_decode` read `cache` in this thread, without gradients.
+
+    `no_grad` and not `inference_mode`: some rotary embeddings keep buffers they computed in a
+    forward, and the trainer's next backward must be able to use them.
+    """
+    token = _active.set(cache)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
         _active.reset(token)

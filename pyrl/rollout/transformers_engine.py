@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decode_attention import KVCache, decoding
+from .decode_attention import KVCache, decoding, using
 from .protocol import Completion, RolloutError, SamplingParams, check_prompts
 from .sampling import sample, uniforms
 
+#: Fewer rows than this are not worth a worker: each of them reads all the weights.
+WORKER_ROWS = 16
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -35,7 +38,8 @@ class TransformersEngine:
     """Samples from `policy.model`, any causal decoder that takes transformers' attention interface.
 
     max_rows: samples decoded together; more are decoded batch after batch, shortest prompts first.
-    prefill_tokens: prompt tokens of one prefill forward.
+    prefill_tokens: prompt tokens of one prefill forward. workers: threads that decode parts of a
+    batch side by side (default: on a CPU one per torch thread and 16 rows, on a GPU 1).
     Raises ValueError for models whose layers are not plain or sliding-window attention.
     """
 
@@ -48,9 +52,11 @@ class TransformersEngine:
         shares_weights: bool = True,
         max_rows: int = 256,
         prefill_tokens: int = 8192,
+        workers: int | None = None,
     ) -> None:
-        for option, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
-            if value < 1:
+        options = {"max_rows": max_rows, "prefill_tokens": prefill_tokens, "workers": workers}
+        for option, value in options.items():
+            if value is not None and value < 1:
                 raise ValueError(f"TransformersEngine: {option}={value}: expected >= 1")
         model = policy.model
         model_name = type(model).__name__
@@ -66,7 +72,7 @@ class TransformersEngine:
                 "(transformers' AttentionInterface)"
             )
         self.policy = policy
-        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.max_rows, self.prefill_tokens, self.workers = max_rows, prefill_tokens, workers
         self._shares_weights, self._version = shares_weights, 0
 
     @property
@@ -115,9 +121,13 @@ class TransformersEngine:
         """See `Rollout.generate`; noise is a function of (seed, prompt index, sample index)."""
         check_prompts(prompts, self.policy.max_length)
         done: list[list[Completion | None]] = [[None] * params.n for _ in prompts]
-        for batch in self._batches(prompts, params.n):
-            for row, completion in zip(batch, self._run(prompts, batch, params, seed), strict=True):
-                done[row.prompt][row.sample] = completion
+        with decoding(self.policy.model):
+            for batch in self._batches(prompts, params.n):
+                parts = self._parts(batch)
+                jobs = [(prompts, part, params, seed) for part in parts]
+                for part, completions in zip(parts, self._run_all(jobs), strict=True):
+                    for row, completion in zip(part, completions, strict=True):
+                        done[row.prompt][row.sample] = completion
         return done  # type: ignore[return-value]
 
     def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[_Row]]:
@@ -126,6 +136,43 @@ class TransformersEngine:
         rows = [_Row(i, j) for i in order for j in range(n)]
         for begin in range(0, len(rows), self.max_rows):
             yield rows[begin : begin + self.max_rows]
+
+    def _parts(self, batch: list[_Row]) -> list[list[_Row]]:
+        """One part for each worker, cut between prompts where that leaves the parts about even."""
+        count = self.workers
+        if count is None:
+            cpu = self.device.type == "cpu"
+            count = min(torch.get_num_threads(), len(batch) // WORKER_ROWS) if cpu else 1
+        parts, begin = [], 0
+        for left in range(max(1, min(count, len(batch))), 0, -1):
+            even = begin + (len(batch) - begin) // left
+            ends = [
+                i for i in range(begin + 1, len(batch)) if batch[i].prompt != batch[i - 1].prompt
+            ]
+            near = min(ends, key=lambda i: abs(i - even), default=even)
+            end = near if abs(near - even) <= (even - begin) // 4 else even
+            end = len(batch) if left == 1 else end
+            parts.append(batch[begin:end])
+            begin = end
+        return parts
+
+    def _run_all(self, jobs: list[tuple[Any, ...]]) -> list[list[Completion]]:
+        """Each part in a thread of its own with its share of torch's threads.
+
+        Decoding multiplies a few rows by large weights, hundreds of short calls a token; on a CPU
+        two independent halves are faster than one batch whose every call waits for both cores
+        (and much faster when another process has one of them).
+        """
+        if len(jobs) == 1:
+            return [self._run(*jobs[0])]
+        threads = torch.get_num_threads()
+        share = max(1, threads // len(jobs))
+        try:
+            with ThreadPoolExecutor(len(jobs), "rollout", torch.set_num_threads, (share,)) as pool:
+                return list(pool.map(lambda job: self._run(*job), jobs))
+        finally:
+            # The number is also kept for the whole process, where threads made later read it.
+            torch.set_num_threads(threads)
 
     def _run(
         self, prompts: Sequence[Sequence[int]], batch: list[_Row], params: SamplingParams, seed: int
@@ -143,7 +190,7 @@ class TransformersEngine:
         live = torch.arange(len(batch), device=device)  # cache row -> index into `batch`
 
         cache = KVCache(len(batch), int(lengths.max()), device)
-        with decoding(self.policy.model, cache):
+        with using(cache):
             logits = self._prefill(prompts, batch, cache)
             for t in range(limit):
                 token, logprob = sample(logits, noise[live, t], params)
@@ -247,7 +294,7 @@ class TransformersEngine:
         if not completion:
             return []
         cache = KVCache(1, len(whole), self.device)
-        with decoding(self.policy.model, cache):
+        with decoding(self.policy.model), using(cache):
             hidden = self._packed(cache, [whole], [slice(0, 1)])[len(prompt) - 1 : -1]
             logits = self._logits(hidden).float()
         target = torch.tensor(list(completion), device=self.device)

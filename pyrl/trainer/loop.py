@@ -182,7 +182,9 @@ def sync(session: Session, version: int) -> float | None:
     CanaryError when they differ by more than the coarser dtype's rounding.
     """
     parts, backend = session.parts, session.config.train.backend
-    with session.clock("sync"):
+    # An fp32 engine beside a half-precision trainer follows the fp32 masters, and is held to them.
+    exact = parts.engine.dtype == torch.float32
+    with session.clock("sync"), session.optimizer.exact(exact):
         parts.engine.sync(parts.policy.model.named_parameters(), version)
         if parts.canary is None:
             return None

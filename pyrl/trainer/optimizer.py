@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class MasterAdamW:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self.max_grad_norm = config.max_grad_norm
+        self._model = model
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         for name, param in self._params.items():
@@ -96,6 +99,28 @@ class MasterAdamW:
             master.copy_(saved)
         self._adam.load_state_dict(state["adam"])
         self._publish()
+
+    @contextlib.contextmanager
+    def exact(self, wanted: bool = True) -> Iterator[None]:
+        """While it lasts (and if `wanted`) the model's parameters are the fp32 masters."""
+        stand_ins = {
+            id(param): nn.Parameter(self.masters[name].detach(), requires_grad=False)
+            for name, param in self._params.items()
+            if wanted and self.masters[name] is not param
+        }
+        swapped = [
+            (module, key, param)
+            for module in self._model.modules()
+            for key, param in module._parameters.items()  # a tied parameter in every place
+            if id(param) in stand_ins
+        ]
+        for module, key, param in swapped:
+            module._parameters[key] = stand_ins[id(param)]
+        try:
+            yield
+        finally:
+            for module, key, param in swapped:
+                module._parameters[key] = param
 
     def _publish(self) -> None:
         for name, param in self._params.items():

@@ -1,6 +1,7 @@
 """The embedded engine against plain forwards of transformers, one sequence at a time."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -110,13 +111,45 @@ def test_same_seed_same_output_whatever_the_batch(tiny_policy):
     assert engine.generate(prompts, params, seed=9) == first
     assert engine.generate(prompts, params, seed=10) != first
     tokens = [[c.tokens for c in group] for group in first]
-    for options in ({"max_rows": 2}, {"max_rows": 5, "prefill_tokens": 8}, {"max_rows": 1}):
+    for options in (
+        {"max_rows": 2},
+        {"max_rows": 5, "prefill_tokens": 8},
+        {"max_rows": 1},
+        {"workers": 1},
+        {"workers": 3},
+        {"workers": 50},
+        {"workers": 2, "max_rows": 7},
+    ):
         other = make_rollout(policy=policy, **options).generate(prompts, params, seed=9)
         assert [[c.tokens for c in group] for group in other] == tokens, options
     # A longer limit continues the same completions, and fewer samples are the first ones.
     params = SamplingParams(n=2, max_new_tokens=25, stop_token_ids=STOPS)
     for group, longer in zip(tokens, engine.generate(prompts, params, seed=9), strict=True):
         assert [c.tokens[:20] for c in longer] == group[:2]
+
+
+def test_workers_share_the_rows_and_leave_torch_as_it_was(tiny_policy):
+    engine = make_rollout(policy=tiny_policy(), workers=2)
+    rows = [E._Row(i, j) for i in range(5) for j in range(4)]
+    # Cut at a prompt's boundary: 8 and 12 are as even as 4-sample prompts allow.
+    assert [len(part) for part in engine._parts(rows)] == [8, 12]
+    assert [len(part) for part in engine._parts(rows[:4])] == [2, 2], "one prompt is split"
+    assert [row for part in engine._parts(rows) for row in part] == rows
+    torch.set_num_threads(2)
+    engine.generate(ragged((4, 5)), SamplingParams(n=2, max_new_tokens=3), seed=0)
+    assert torch.get_num_threads() == 2
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [2], "threads made later must not inherit a worker's share"
+
+
+def test_a_failing_worker_fails_the_call(tiny_policy):
+    engine = make_rollout(policy=tiny_policy(), workers=2)
+    with pytest.raises(IndexError):
+        engine.generate([*ragged((4, 5)), [100_000]], SamplingParams(n=2), seed=0)
+    assert engine.policy.model.config._attn_implementation == "pyrl_varlen"
 
 
 def test_stop_tokens_end_a_completion_and_are_part_of_it(tiny_policy):
@@ -148,12 +181,12 @@ def test_work_stops_with_the_last_row(tiny_policy, monkeypatch):
     prompts = ragged((7, 4, 7))
     prompts[2] = prompts[0]
     params = SamplingParams(n=5, max_new_tokens=50, stop_token_ids=tuple(range(320)))
-    groups = make_rollout(policy=policy).generate(prompts, params, seed=0)
+    groups = make_rollout(policy=policy, workers=1).generate(prompts, params, seed=0)
     assert seen == [11], "one prefill of the two distinct prompts"
     assert all(len(c.tokens) == 1 for group in groups for c in group)
     seen.clear()
     params = SamplingParams(n=5, max_new_tokens=60, stop_token_ids=STOPS)
-    groups = make_rollout(policy=policy).generate(prompts, params, seed=0)
+    groups = make_rollout(policy=policy, workers=1).generate(prompts, params, seed=0)
     sampled = sum(len(c.tokens) for group in groups for c in group)
     # A row's last token is never fed back; finished rows cost nothing.
     assert sum(seen) == 11 + sampled - 15

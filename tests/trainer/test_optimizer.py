@@ -155,3 +155,21 @@ def test_learning_rate(schedule, expected):
     config = OptimizerConfig(lr=2.0, warmup_steps=2, schedule=schedule, final_lr_share=0.1)
     rates = [learning_rate(step, 6, config) / 2 for step in range(1, 7)]
     assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_exact_shows_the_masters_and_puts_the_parameters_back():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)).to(torch.bfloat16)
+    model[1].weight = model[0].weight  # tied
+    optimizer = MasterAdamW(model, OptimizerConfig(lr=0.1, warmup_steps=0))
+    before = dict(model.named_parameters())
+    model(torch.arange(5)).float().square().sum().backward()
+    optimizer.step(0.1)
+    with optimizer.exact():
+        (name, shown), *rest = model.named_parameters()
+        assert not rest and shown.dtype == torch.float32 and model[1].weight is shown
+        assert torch.equal(shown, optimizer.masters[name])
+        assert not torch.equal(shown, shown.bfloat16().float())  # more than the rounded copy
+    assert all(p is before[n] for n, p in model.named_parameters())
+    assert model[1].weight is model[0].weight
+    with optimizer.exact(wanted=False):
+        assert model[0].weight.dtype == torch.bfloat16

@@ -39,8 +39,8 @@ def is_sentence(text: str) -> bool:
     It has 5 to 40 words, at least four fifths of them distinct and two of them different function
     words; ordinary characters on one line; exactly one `.`, `!` or `?` that ends a sentence,
     the last character but for a closing quote or bracket. So text that was cut off, a list of
-    keywords, repetition, and a second sentence do not pass. It must not talk about its own
-    instructions (META_WORDS).
+    keywords, repetition, and a second sentence do not pass. Quotes and brackets are in pairs. It
+    must not talk about its own instructions (META_WORDS).
     """
     text = text.strip()
     found = words(text)
@@ -51,6 +51,9 @@ def is_sentence(text: str) -> bool:
         and len(distinct & FUNCTION_WORDS) >= 2
         and not distinct & META_WORDS
         and _ODD.search(text) is None
+        and text.count('"') % 2 == 0
+        and text.count("“") == text.count("”")
+        and text.count("(") == text.count(")")
         and _BREAK.search(text) is None
         and _END.search(text) is not None
     )
