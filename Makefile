@@ -6,7 +6,7 @@ STAMPS := $(VENV)/stamps
 # The CPU build of torch when there is no GPU; an existing torch in the range is left alone.
 TORCH ?= torch==2.13.0
 ROLLOUT ?= transformers
-RUN ?= runs/quickstart
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
 comma := ,
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt

@@ -108,6 +108,7 @@ GOOD = "The old cat's garden isn't far from the river."
         GOOD.lower(),
         f'"{GOOD}"',
         f"“{GOOD[:-1]}!”",
+        "During the summer, people play tennis.",
         "It costs 3.5 dollars at the café, doesn’t it?",
         "Every dog - even a small one - is a friend (mostly).",
     ],

@@ -6,11 +6,16 @@ import re
 
 #: Grammar that hardly any sentence of five words does without; a heap of keywords does.
 _FUNCTION_WORDS = """
-    a an the this that these those my your his her its our their some many every each all no
-    i you he she it we they there who which what where when while as if than because
-    is are was were be been being am has have had do does did can could will would may might must
-    should of in on at to for from with by about into over under through after before between
-    near like without and or but so not
+    a an the this that these those my your his her its our their some many every each all no i
+    you he she it we they there who which what where when while as if than because is are was
+    were be been being am has have had do does did can could will would may might must should of
+    in on at to for from with by about into over under through after before between near like
+    without and or but so not during across against among around above below behind beside
+    beyond along inside outside since until although though off out up down onto upon within any
+    few more most much other another both either neither how why whose whom me him us them one
+    only just very too also such even still never always often sometimes usually once again here
+    now then shall cannot can't don't doesn't didn't isn't aren't wasn't weren't won't it's
+    that's there's let
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
