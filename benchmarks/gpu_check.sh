@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # make gpu-check: build for the GPU, run the tests there, then the benchmark grid. It installs
 # nothing, so that it works offline on an image that has torch, nvcc and pytest; PYTHON says which
-# interpreter (default: .venv's if there is one, else python3). JSONL goes to $OUT.
+# interpreter (3.11 or newer; default: .venv's if there is one, else python3). JSONL goes to $OUT.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -30,7 +30,7 @@ for name, reason in pyrl.backends().items():
     print(f"  {name}: {reason or 'usable'}")
 PY
 echo "== tests"
-timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest -q -p no:cacheprovider \
+timeout "${TEST_SECONDS:-240}" "$PYTHON" -P -m pytest -q -p no:cacheprovider \
   tests/ops tests/kernels tests/losses tests/packing -m "not slow and not vllm" 2>&1 |
   tee "$OUT/tests.log" | tail -15
 [ "${PIPESTATUS[0]}" = 0 ] || status=1

@@ -2,25 +2,37 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pyrl.losses import PRESETS, LossSpec, PolicyLoss, linear_policy_loss, reduce_metrics
-from pyrl.ops.backend import BackendUnavailableError, backends
-from pyrl.ops.group_advantage import Advantages, group_advantage
-from pyrl.ops.linear_logprob import LogProb, linear_logprob
-from pyrl.ops.policy_objective import policy_objective
-
 if TYPE_CHECKING:
+    from pyrl.losses import PRESETS, LossSpec, PolicyLoss, linear_policy_loss, reduce_metrics
     from pyrl.models import Policy, load_policy
+    from pyrl.ops.backend import BackendUnavailableError, backends
+    from pyrl.ops.group_advantage import Advantages, group_advantage
+    from pyrl.ops.linear_logprob import LogProb, linear_logprob
+    from pyrl.ops.policy_objective import policy_objective
     from pyrl.packing import PackedBatch, Sample, pack
 
 __version__ = "0.1.0"
 
-#: Imported on first use: a drop-in loss should not cost an import of transformers.
-_LAZY = {
+#: Imported on first use: the command line and the scoring processes start without torch, and a
+#: drop-in loss does not cost an import of transformers.
+_HOME = {
+    "PRESETS": "pyrl.losses",
+    "Advantages": "pyrl.ops.group_advantage",
+    "BackendUnavailableError": "pyrl.ops.backend",
+    "LogProb": "pyrl.ops.linear_logprob",
+    "LossSpec": "pyrl.losses",
     "PackedBatch": "pyrl.packing",
     "Policy": "pyrl.models",
+    "PolicyLoss": "pyrl.losses",
     "Sample": "pyrl.packing",
+    "backends": "pyrl.ops.backend",
+    "group_advantage": "pyrl.ops.group_advantage",
+    "linear_logprob": "pyrl.ops.linear_logprob",
+    "linear_policy_loss": "pyrl.losses",
     "load_policy": "pyrl.models",
     "pack": "pyrl.packing",
+    "policy_objective": "pyrl.ops.policy_objective",
+    "reduce_metrics": "pyrl.losses",
 }
 
 __all__ = [
@@ -45,8 +57,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
+    if name not in _HOME:
+        raise AttributeError(f"module 'pyrl' has no attribute {name!r}")
+    import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'pyrl' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value  # once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """Imports go downward only; only one file imports vllm; kernels import torch and triton only."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -100,3 +101,12 @@ def test_files_are_short():
         and (lines := len(path.read_text().splitlines())) > 400
     }
     assert not long, long
+
+
+def test_the_namespace_is_lazy_and_complete():
+    code = (
+        "import sys, pyrl; assert 'torch' not in sys.modules; "
+        "assert set(pyrl.__all__) == set(pyrl._HOME) <= set(dir(pyrl)); "
+        "[getattr(pyrl, name) for name in pyrl.__all__]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
