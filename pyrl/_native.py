@@ -98,9 +98,11 @@ if _CPU_REASON is None:
         entropy: Tensor | None,
         old: Tensor | None,
         ref: Tensor | None,
+        rollout: Tensor | None,
         advantage: Tensor,
         weight: Tensor,
         keep: Tensor,
+        bounds: Tensor | None,
         params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from pyrl.ops.spec import METRICS

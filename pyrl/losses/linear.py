@@ -21,6 +21,7 @@ from pyrl.ops.linear_logprob import (
 )
 from pyrl.ops.policy_objective import (
     FORMULA_BACKENDS,
+    Fields,
     PolicyLoss,
     collect,
     named_metrics,
@@ -54,8 +55,10 @@ def linear_policy_loss(
 
     A token's gradient needs only its own log-prob and entropy, so each chunk of rows runs GEMM →
     row statistics → objective → gradient in place → gradient GEMMs while its logits are at hand:
-    6 N D V flops forward and backward, `[rows, V]` at most, and `backward` only scales. Backends
-    that differentiate the formula itself (torch, reference) compose the two functions instead.
+    6 N D V flops forward and backward, `[rows, V]` at most, and `backward` only scales. Where the
+    spec couples the tokens of a sequence (`LossSpec.couples_tokens`), and on the backends that
+    differentiate the formula itself (torch, reference), the two functions are composed instead, at
+    8 N D V: the backward forms the logits again.
 
     hidden [T, D] or [B, L, D] · weight [V, D] · bias [V] · everything else as in `policy_objective`
     and `linear_logprob`; temperature, softcap and logit_scale come from `spec`. Instead of
@@ -93,7 +96,7 @@ def linear_policy_loss(
         "weights": weights,
         "denominator": denominator,
     }
-    if name in FORMULA_BACKENDS:
+    if name in FORMULA_BACKENDS or spec.couples_tokens:
         out = linear_logprob(hidden, weight, target, bias=bias, **head)
         composed = policy_objective(
             out.logprob,
@@ -138,9 +141,11 @@ def _linear_policy_loss(
     inv_temperature: Tensor,
     old: Tensor | None,
     ref: Tensor | None,
+    rollout: Tensor | None,
     advantage: Tensor,
     token_weight: Tensor,
     keep: Tensor,
+    bounds: Tensor | None,
     spec: str,
     backend: str,
     needs_hidden: bool,
@@ -156,8 +161,8 @@ def _linear_policy_loss(
     needs = (needs_hidden, needs_weight, needs_bias)
     grads = HeadGradients(hidden, weight, bias, needs, chunks=-(-len(x) // step))
     y, inv = target[index], inv_temperature[index]
-    old_x, ref_x = (None if v is None else v[index] for v in (old, ref))
-    adv_x, weight_x, keep_x = advantage[index], token_weight[index], keep[index]
+    fields = Fields(old, ref, rollout, advantage, token_weight, keep, bounds)
+    fields_x = fields.rows(index)
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     logprob, entropy = (torch.zeros(target.shape, device=x.device) for _ in range(2))
     for i in range(0, len(x), step):
@@ -167,15 +172,12 @@ def _linear_policy_loss(
         stats = kernels.logits_stats(z, y[rows], inv[rows], scale, cap)
         logprob[where], entropy[where] = stats[0], stats[1]
         if any(grads.needs):
-            old_i, ref_i = (None if v is None else v[rows] for v in (old_x, ref_x))
-            part = (old_i, ref_i, adv_x[rows], weight_x[rows], keep_x[rows])
+            part = fields_x.rows(rows)
             _, c, h, _ = kernels.objective_terms(stats[0], stats[1], *part, params)
             kernels.logits_grad_(z, y[rows], inv[rows], scale, cap, stats[2], stats[1], c, h, None)
             grads.add(z, x[rows], w, where)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
-    loss, _, _, metrics = kernels.objective_terms(
-        logprob, entropy, old, ref, advantage, token_weight, keep, params
-    )
+    loss, _, _, metrics = kernels.objective_terms(logprob, entropy, *fields, params)
     return loss, logprob, entropy, metrics, *grads.result()
 
 
@@ -188,9 +190,11 @@ def _(
     inv_temperature,
     old,
     ref,
+    rollout,
     advantage,
     token_weight,
     keep,
+    bounds,
     spec,
     backend,
     needs_hidden,
@@ -222,7 +226,7 @@ def _backward(ctx, g, *_):
         ctx.gradients = None
     used = ctx.needs_input_grad
     gradients = (dx if used[0] else None, dw if used[1] else None, db if used[2] else None)
-    return *gradients, *([None] * 12)
+    return *gradients, *([None] * 14)
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup)

@@ -66,9 +66,11 @@ class Backend(Protocol):
         entropy: Tensor | None,
         old: Tensor | None,
         ref: Tensor | None,
+        rollout: Tensor | None,
         advantage: Tensor,
         weight: Tensor,
         keep: Tensor,
+        bounds: Tensor | None,
         params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """loss (0-d), dloss/dlogprob [T], dloss/dentropy [T], metrics (see ops/objective.py)."""

@@ -34,9 +34,23 @@ class Fields(NamedTuple):
 
     old: Tensor | None
     ref: Tensor | None
+    rollout: Tensor | None
     advantage: Tensor
     weight: Tensor
     keep: Tensor
+    bounds: Tensor | None
+    """int64 [B + 1] where the spec couples the tokens of a sequence, else None."""
+
+    def rows(self, index: Tensor | slice) -> Fields:
+        """The fields of some tokens, for a spec whose tokens do not depend on each other."""
+        assert self.bounds is None
+        return Fields(*(None if v is None else v[index] for v in self))
+
+    def double(self) -> Fields:
+        """The same fields in float64, for the oracle."""
+        return Fields(
+            *(v.double() if v is not None and v.is_floating_point() else v for v in self)
+        )
 
 
 def policy_objective(
@@ -54,17 +68,19 @@ def policy_objective(
     denominator: float | Tensor | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
-    """sum_t weight_t (policy_t + kl_coef KL_t - entropy_coef H_t) over kept tokens (see LossSpec).
+    """sum_t weight_t (correction_t policy_t + kl_coef KL_t - entropy_coef H_t) over kept tokens.
+
+    The terms are written out in `LossSpec`.
 
     logprob [T] with `cu_seqlens` [B + 1], or [B, L] with `mask`; both give the same loss ·
     advantages shaped like logprob (per token), else [B] (per sequence) · entropy, old_logprob,
-    ref_logprob like logprob; old None or NaN at t = on-policy there (ratio 1, with gradient); ref
-    NaN at t = no KL there · mask true = token carries loss · weights for aggregation="weighted" ·
-    denominator: tokens (token_mean, weighted) or sequences of the whole optimizer step.
+    ref_logprob, rollout_logprob like logprob; old None or NaN at t = on-policy there (ratio 1, with
+    gradient); ref NaN at t = no KL there; rollout NaN at t = unscored, correction 1 · mask true =
+    token carries loss · weights for aggregation="weighted" · denominator: tokens (token_mean,
+    weighted) or sequences of the whole optimizer step.
 
     Differentiable in logprob and entropy. ValueError names a wrong shape, device, missing input,
-    or (on the CPU) a non-finite advantage and its position. NotImplementedError for
-    `rollout_logprob`: no rollout correction is built yet.
+    or (on the CPU) a non-finite advantage and its position.
     """
     if not logprob.is_floating_point():
         raise ValueError(f"logprob: expected a floating dtype, got {logprob.dtype}")
@@ -88,7 +104,7 @@ def policy_objective(
     flat = logprob.reshape(-1)
     # Autograd carries the gradient back through these casts to the caller's dtype.
     if name == "reference":
-        flat, fields = flat.double(), as_double(fields)
+        flat, fields = flat.double(), fields.double()
         entropy = None if entropy is None else entropy.double()
     else:
         flat = flat.float().contiguous()
@@ -114,33 +130,26 @@ def collect(
     """Checks the caller's fields and flattens them; shared by every policy loss."""
     if not isinstance(spec, LossSpec):
         raise ValueError(f"spec: expected a LossSpec, got {type(spec).__name__}")
-    if rollout_logprob is not None:
-        raise NotImplementedError(
-            "rollout_logprob: rollout correction is not implemented by any backend yet"
-        )
     if spec.needs_ref and ref_logprob is None:
         raise ValueError(f"LossSpec.kl_coef={spec.kl_coef} needs ref_logprob")
+    if spec.needs_rollout and rollout_logprob is None:
+        raise ValueError(f"LossSpec.correction={spec.correction!r} needs rollout_logprob")
+    if spec.couples_tokens and where.cu_seqlens is None:
+        raise ValueError(f"this loss needs the sequences: packed [T] without cu_seqlens ({spec})")
     old = flat_float("old_logprob", old_logprob, where)
     if old is not None:
         check_finite("old_logprob", old, where.keep & ~old.isnan())
+    rollout = flat_float("rollout_logprob", rollout_logprob, where)
+    if rollout is not None:
+        check_finite("rollout_logprob", rollout, where.keep & ~rollout.isnan())
     return Fields(
         old,
         flat_float("ref_logprob", ref_logprob, where),
+        rollout,
         per_token("advantages", advantages, where),
         token_weights(spec, where, weights, denominator),
         where.keep,
-    )
-
-
-def as_double(fields: Fields) -> Fields:
-    """The same fields in float64, for the oracle."""
-    old, ref, advantage, weight, keep = fields
-    return Fields(
-        None if old is None else old.double(),
-        None if ref is None else ref.double(),
-        advantage.double(),
-        weight.double(),
-        keep,
+        where.cu_seqlens if spec.couples_tokens else None,
     )
 
 
@@ -159,21 +168,23 @@ def _policy_objective(
     entropy: Tensor | None,
     old: Tensor | None,
     ref: Tensor | None,
+    rollout: Tensor | None,
     advantage: Tensor,
     weight: Tensor,
     keep: Tensor,
+    bounds: Tensor | None,
     spec: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, dloss/dlogprob, dloss/dentropy, metrics: one pass gives the loss and its gradient."""
     params = LossSpec.from_json(spec).params()
     return load(backend).objective_terms(
-        logprob, entropy, old, ref, advantage, weight, keep, params
+        logprob, entropy, old, ref, rollout, advantage, weight, keep, bounds, params
     )
 
 
 @_policy_objective.register_fake
-def _(logprob, entropy, old, ref, advantage, weight, keep, spec, backend):
+def _(logprob, entropy, old, ref, rollout, advantage, weight, keep, bounds, spec, backend):
     metrics = logprob.new_empty(len(METRICS), dtype=torch.float64)
     return logprob.new_empty(()), torch.empty_like(logprob), torch.empty_like(logprob), metrics
 
@@ -188,7 +199,7 @@ def _backward(ctx, g, *_):
     # Selecting keeps 0 * inf out of tokens that have no gradient.
     dlogprob = torch.where(c != 0, c * g, 0.0)
     dentropy = torch.where(h != 0, h * g, 0.0) if ctx.has_entropy else None
-    return dlogprob, dentropy, *([None] * 7)
+    return dlogprob, dentropy, *([None] * 9)
 
 
 _policy_objective.register_autograd(_backward, setup_context=_setup)
