@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrl.ops.backend import load, select
+from pyrl.ops.backend import load, once_differentiable, select
 from pyrl.ops.linear_logprob import (
     HeadGradients,
     check_head,
@@ -18,6 +18,7 @@ from pyrl.ops.linear_logprob import (
     kept_rows,
     linear_logprob,
     raw_logits,
+    token_ids,
 )
 from pyrl.ops.policy_objective import (
     FORMULA_BACKENDS,
@@ -115,7 +116,7 @@ def linear_policy_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        target.reshape(-1),
+        token_ids(target),
         inv_temperature(spec.temperature, target),
         *fields,
         spec.to_json(),
@@ -151,8 +152,8 @@ def _linear_policy_loss(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, logprob [T], entropy [T], metrics, dloss/dhidden, dloss/dweight, dloss/dbias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, logprob [T], entropy [T], metrics, s, and s times dloss/d(hidden, weight, bias)."""
     check_targets(target, keep, weight.shape[0])
     loss_spec, kernels = LossSpec.from_json(spec), load(backend)
     params, scale, cap = loss_spec.params(), loss_spec.logit_scale, loss_spec.softcap or 0.0
@@ -163,6 +164,8 @@ def _linear_policy_loss(
     y, inv = target[index], inv_temperature[index]
     fields = Fields(old, ref, rollout, advantage, token_weight, keep, bounds)
     fields_x = fields.rows(index)
+    scale_up = gradient_scale(token_weight, x.dtype)
+    fields_x = fields_x._replace(weight=fields_x.weight * scale_up)
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     logprob, entropy = (torch.zeros(target.shape, device=x.device) for _ in range(2))
     for i in range(0, len(x), step):
@@ -178,7 +181,19 @@ def _linear_policy_loss(
             grads.add(z, x[rows], w, where)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
     loss, _, _, metrics = kernels.objective_terms(logprob, entropy, *fields, params)
-    return loss, logprob, entropy, metrics, *grads.result()
+    return loss, logprob, entropy, metrics, scale_up, *grads.result()
+
+
+def gradient_scale(token_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 0-d: a power of two that brings the largest token weight near 1 for f16, else 1.
+
+    The gradients are formed before the caller's loss scale is known: at a denominator of 1e6 tokens
+    f16 would lose them to underflow.
+    """
+    if dtype != torch.float16 or token_weight.numel() == 0:
+        return token_weight.new_ones(())
+    largest = token_weight.abs().amax().clamp(min=2.0**-100)
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
 
 
 @_linear_policy_loss.register_fake
@@ -204,25 +219,33 @@ def _(
     vector = hidden.new_empty(target.shape, dtype=torch.float32)
     metrics = hidden.new_empty(len(METRICS), dtype=torch.float64)
     gradients = fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
-    return vector.new_empty(()), vector, torch.empty_like(vector), metrics, *gradients
+    zero_dim = vector.new_empty(())
+    scale = torch.empty_like(zero_dim)
+    return zero_dim, vector, torch.empty_like(vector), metrics, scale, *gradients
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     # Detached, or the graph would hold itself; not save_for_backward, whose reference would make
     # autograd copy dweight instead of taking it over.
-    ctx.gradients = [v.detach() for v in output[4:]]
+    ctx.gradients = [v.detach() for v in output[5:]]
+    ctx.scale = output[4].detach()
 
 
 def _backward(ctx, g, *_):
+    once_differentiable("linear_policy_loss")
     if ctx.gradients is None:
         raise RuntimeError(
             "linear_policy_loss: backward ran a second time; its gradients were formed in the "
             "forward and handed over in the first"
         )
-    if torch.compiler.is_compiling():
-        dx, dw, db = (v * g for v in ctx.gradients)
+    factor = g / ctx.scale
+    if ctx.gradients[0].dtype == torch.float16:
+        dx, dw, db = ((v.float() * factor).to(v.dtype) for v in ctx.gradients)
+    elif torch.compiler.is_compiling():
+        dx, dw, db = (v * factor for v in ctx.gradients)
     else:
-        dx, dw, db = (v.mul_(g) for v in ctx.gradients)  # a second dweight would double the peak
+        dx, dw, db = (v.mul_(factor) for v in ctx.gradients)  # a second dweight: twice the peak
+    if not torch.compiler.is_compiling():
         ctx.gradients = None
     used = ctx.needs_input_grad
     gradients = (dx if used[0] else None, dw if used[1] else None, db if used[2] else None)

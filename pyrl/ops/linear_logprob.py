@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from pyrl.ops import reference
-from pyrl.ops.backend import load, select
-from pyrl.ops.shapes import check_shape, layout
+from pyrl.ops.backend import load, once_differentiable, select
+from pyrl.ops.shapes import check_shape, layout, on_cpu
 
 #: Bytes of one chunk of logits. CPU: what stays near the last-level cache while the GEMMs over it
 #: are still long enough to run at full rate. GPU: what keeps the GEMMs saturated.
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LogProb(NamedTuple):
@@ -57,7 +60,9 @@ def linear_logprob(
     where = layout(target, mask, None)
     check_head(hidden, weight, target, bias)
     x = hidden.reshape(-1, hidden.shape[-1])
-    y = target.reshape(-1)
+    y = token_ids(target)
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap={softcap!r}: expected None or a finite number > 0")
     inv, cap = inv_temperature(temperature, target), softcap or 0.0
     name = select(backend, hidden.device)
     if name == "reference":
@@ -76,12 +81,18 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | No
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target: expected integer token ids, got {target.dtype}")
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden: expected a floating dtype, got {hidden.dtype}")
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        if value.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected one of {list(DTYPES)}, got {value.dtype}")
     check_shape("hidden", hidden, (*target.shape, weight.shape[1]), target.device)
     check_shape("weight", weight, weight.shape, target.device)
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1], target.device)
+
+
+def token_ids(target: Tensor) -> Tensor:
+    """int64 [T], contiguous, of any integer dtype and stride."""
+    return target.reshape(-1).long().contiguous()
 
 
 def check_targets(target: Tensor, keep: Tensor, vocabulary: int) -> None:
@@ -103,6 +114,13 @@ def inv_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     if temperature.dim() == 0:
         temperature = temperature.expand(like.shape)
     check_shape("temperature", temperature, like.shape, like.device)
+    if on_cpu(temperature):
+        bad = (~(temperature > 0) | temperature.isinf()).flatten().nonzero()
+        if bad.numel():
+            i = int(bad[0])
+            raise ValueError(
+                f"temperature[{i}] = {float(temperature.flatten()[i])}: expected a finite number > 0"
+            )
     return temperature.detach().reshape(-1).float().reciprocal()
 
 
@@ -114,7 +132,14 @@ def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
 
 
 def raw_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias as [n, V]; fp32 on CUDA, where the GEMM can keep its accumulator."""
+    """x @ weight.T + bias as [n, V]; fp32 on CUDA, where the GEMM can keep its accumulator. On the
+    CPU half-precision logits are rounded to their dtype, as plain torch's are."""
+    # Under autocast a GEMM would run in another dtype than its inputs', forward only.
+    with torch.autocast(x.device.type, enabled=False):
+        return _raw_logits(x, weight, bias)
+
+
+def _raw_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type == "cuda" and x.dtype != torch.float32:
         z = torch.mm(x, weight.t(), out_dtype=torch.float32)
         return z if bias is None else z.add_(bias.float())
@@ -144,7 +169,10 @@ class HeadGradients:
 
     def add(self, dz: Tensor, x: Tensor, weight: Tensor, index: Tensor | slice) -> None:
         """One chunk: dz [n, V] of rows x [n, D], which are rows `index` of hidden."""
-        dz = dz.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            self._add(dz.to(x.dtype), x, weight, index)
+
+    def _add(self, dz: Tensor, x: Tensor, weight: Tensor, index: Tensor | slice) -> None:
         if self.needs[0]:
             self.hidden[index] = torch.mm(dz, weight)
         if self.bias.numel():
@@ -301,6 +329,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx, c, h, g):
+    once_differentiable("linear_logprob")
     hidden, weight, target, bias, inv_temperature, keep, entropy, lse = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     c, h, g = (torch.zeros_like(lse) if v is None else v.contiguous() for v in (c, h, g))

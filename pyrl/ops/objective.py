@@ -18,6 +18,13 @@ from pyrl.ops.spec import METRICS, LossSpec
 
 #: Bounds of vespo's log-weights.
 LOG_TINY, LOG_HUGE = math.log(1e-8), 20.0
+#: Largest argument of `capped_exp`.
+EXP_CAP = {torch.float64: 700.0, torch.float32: 80.0}
+
+
+def capped_exp(x: Tensor) -> Tensor:
+    """exp(min(x, 700)), differentiated as exp: huge but finite, so that 0 times it is 0."""
+    return (x - (x - EXP_CAP[x.dtype]).clamp(min=0).detach()).exp()
 
 
 class Segments:
@@ -101,7 +108,7 @@ def gmpo(t: Tokens, spec: LossSpec) -> Policy:
     delta, a = t.logprob - t.old, t.advantage
     low, high = (a < 0) & (delta < -spec.clip_low), (a > 0) & (delta > spec.clip_high)
     clipped = torch.where(low, -spec.clip_low, torch.where(high, spec.clip_high, delta))
-    ratio = t.segments.mean(clipped).exp()
+    ratio = capped_exp(t.segments.mean(clipped))
     return Policy(-a * ratio, ratio, low, high)
 
 
@@ -151,11 +158,11 @@ def kl_term(logprob: Tensor, ref: Tensor, kind: str) -> Tensor:
     if kind == "k2":
         return d.square() / 2
     if kind == "k3":
-        return d.exp() - d - 1
+        return capped_exp(d) - d - 1
     if kind == "abs":
         return d.abs()
     through = d.square() / 2
-    return (d.exp() - d - 1).detach() + through - through.detach()
+    return (capped_exp(d) - d - 1).detach() + through - through.detach()
 
 
 def effective_ratio(logprob: Tensor, old: Tensor, segments: Segments | None, level: str) -> Tensor:
@@ -165,7 +172,7 @@ def effective_ratio(logprob: Tensor, old: Tensor, segments: Segments | None, lev
         assert segments is not None
         mean = segments.mean(delta)
         delta = mean if level == "sequence" else mean.detach() + delta - delta.detach()
-    return delta.exp()
+    return capped_exp(delta)
 
 
 class Correction(NamedTuple):
@@ -238,7 +245,7 @@ def policy_objective_terms(
         corrected = correction_weight(old, unscored, keep, segments, spec)
     tokens = Tokens(logp, old, adv, ratio, corrected.weight.log(), segments)
     policy = POLICY_TERMS[spec.objective](tokens, spec)
-    term = policy.loss
+    term = torch.where(adv == 0, zero, policy.loss)  # selected: the log-prob may be -inf
     if spec.correction is not None and spec.objective != "vespo":
         # Selected, not multiplied: a masked token's term may be infinite.
         term = torch.where(corrected.weight > 0, corrected.weight * term, zero)
@@ -294,7 +301,7 @@ def _extreme(values: Tensor, where: Tensor, sign: float) -> Tensor:
 
 
 def _k3(d: Tensor) -> Tensor:
-    return d.exp() - d - 1
+    return capped_exp(d) - d - 1
 
 
 def _sums(

@@ -281,6 +281,8 @@ class LossSpec:
         elif hint is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"LossSpec.{name}={value!r}: expected true or false")
+        elif hint == int | None and type(value) is not int:
+            raise ValueError(f"LossSpec.{name}={value!r}: expected a whole number")
         else:
             low, high = _RANGES[name]
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
