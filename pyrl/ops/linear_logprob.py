@@ -118,9 +118,8 @@ def inv_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
         bad = (~(temperature > 0) | temperature.isinf()).flatten().nonzero()
         if bad.numel():
             i = int(bad[0])
-            raise ValueError(
-                f"temperature[{i}] = {float(temperature.flatten()[i])}: expected a finite number > 0"
-            )
+            value = float(temperature.flatten()[i])
+            raise ValueError(f"temperature[{i}] = {value}: expected a finite number > 0")
     return temperature.detach().reshape(-1).float().reciprocal()
 
 

@@ -150,8 +150,8 @@ POLICY_TERMS: dict[str, Callable[[Tokens, LossSpec], Policy]] = {
 
 
 def kl_term(logprob: Tensor, ref: Tensor, kind: str) -> Tensor:
-    """Per-token KL estimate [T] with d = ref - logprob: k1 -d, k2 d^2/2, k3 exp(d) - d - 1, abs |d|,
-    k3_st the value of k3 with the gradient of k2."""
+    """Per-token KL estimate [T] with d = ref - logprob: k1 -d, k2 d^2/2, k3 exp(d) - d - 1,
+    abs |d|, k3_st the value of k3 with the gradient of k2."""
     d = ref - logprob
     if kind == "k1":
         return -d
