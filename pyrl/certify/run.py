@@ -45,20 +45,15 @@ class Certificate:
 def certify(say: Callable[[str], None] = print, *, quick: bool = False) -> Certificate:
     """Every objective x option x backend x dtype against float64, and the installed peers."""
     columns = serving()
-    rows: list[Row] = []
+    rows: dict[tuple[str, str, torch.dtype], Row] = {}
     for make in (_objectives, _losses, _heads, _shapes, groups.rows):
         for row in make(columns, quick):
-            known = next(
-                (r for r in rows if (r.section, r.name, r.dtype) == (row.section, row.name, row.dtype)),
-                None,
-            )  # fmt: skip
-            if known is None:
-                rows.append(row)
-            else:
+            known = rows.setdefault((row.section, row.name, row.dtype), row)
+            if known is not row:
                 known.merge(row)
-        say(f"{rows[-1].section}: {sum(r.section == rows[-1].section for r in rows)} rows")
+        say(f"{make.__name__.strip('_')}: {len(rows)} rows so far")
     absent = {name: reason for name, reason in backends().items() if reason is not None}
-    return Certificate(rows, peers.compare(), columns, absent)
+    return Certificate(list(rows.values()), peers.compare(), columns, absent)
 
 
 def _objectives(columns: list[str], quick: bool) -> Iterator[Row]:
