@@ -37,7 +37,7 @@ aot: $(STAMPS)/test ## compile every GPU kernel without a GPU; print registers a
 	$(BIN)/python benchmarks/aot_cuda.py
 	$(BIN)/python -m benchmarks.aot_triton
 
-certify: $(STAMPS)/bench ## every loss on every backend against float64: writes docs/parity.md
+certify: $(STAMPS)/test $(STAMPS)/bench ## every loss on every backend against float64: writes docs/parity.md
 	$(BIN)/pyrl certify
 
 gpu-check: ## on a GPU machine: build, tests on the GPU, the benchmark grid (JSONL to $$OUT)
