@@ -14,41 +14,37 @@ HEAD = """# Parity certificate
 
 Written by `pyrl certify` (`make certify`), which CI runs; any row above its bound fails the build.
 
-Each number is the largest relative error `|value - truth| / |truth|` over the loss and every gradient,
-and over the shapes tried, against float64 autograd of the oracle (`backend="reference"`). The rule, per
-quantity: error(backend) <= error(plain torch, same dtype) + {margins}. *plain torch* builds the whole
-`[T, V]` logits in the row's dtype and takes autograd through `log_softmax`. **Bold** breaks the rule.
+Each number is the largest relative error `|value - truth| / |truth|` over the loss and every
+gradient, and over the shapes tried, against float64 autograd of the oracle (`reference`). The
+rule, per quantity: error(backend) <= error(plain torch, same dtype) + {margins}. *plain torch*
+builds the whole `[T, V]` logits in the row's dtype and takes autograd through `log_softmax`.
+**Bold** breaks the rule.
 
 Measured on: {machine}.
 """
 
 NOTES = {
-    "policy_objective": "Loss and gradients by log-prob and entropy, fp32 inputs; ragged, padded and "
-    "with 30% missing log-probs. Plain torch is the formula under autograd in float64, so the bound "
-    "is the margin alone.",
-    "linear_policy_loss": "Loss and gradients of hidden states, weight and bias, with KL and entropy "
-    "bonus, on a ragged batch.",
+    "policy_objective": "Loss and gradients by log-prob and entropy, fp32 inputs; ragged, padded "
+    "and with 30% missing log-probs. Plain torch is the formula under autograd in float64, so the "
+    "bound is the margin alone.",
+    "linear_policy_loss": "Loss and gradients of hidden states, weight and bias, with KL and "
+    "entropy bonus, on a ragged batch.",
     "logits_policy_loss": "The same from given logits: loss and gradient of the logits.",
     "heads": "What stands between hidden states and log-prob.",
     "shapes": "Batches and vocabularies that break kernels.",
     "group_advantage": "Advantages; groups of any size, a group of one, equal rewards, a mean 10^4 "
     "times the spread, NaN rewards.",
 }
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}"
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[
-        str(dtype).removeprefix("torch.")
-    ]
-
-
 def markdown(certificate: Certificate) -> str:
     """The whole document."""
-    margins = ", ".join(f"{_dtype(d)} {m:g}" for d, m in MARGIN.items())
+    margins = ", ".join(f"{DTYPES[d]} {m:g}" for d, m in MARGIN.items())
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "numpy"))
     text = [HEAD.format(margins=margins, machine=f"{platform.machine()} {DEVICE.type}, {versions}")]
     if certificate.absent:
@@ -76,16 +72,16 @@ def _section(certificate: Certificate, section: str) -> list[str]:
             cell = _number(max(row.errors[backend].values()))
             failed = any(f" · {backend}: " in failure for failure in row.failures)
             cells.append(f"**{cell}**" if failed else cell)
-        lines.append(f"| {row.name} | {_dtype(row.dtype)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.name} | {DTYPES[row.dtype]} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
 def _peers(certificate: Certificate) -> list[str]:
     lines = [
         "## Peers\n",
-        "Their own code on the same inputs in fp32, against our float64 oracle. *agrees*: loss and "
-        "gradients within 1e-4. Where a peer differs on purpose or by defect, the row says by which "
-        "formula, and the test holds it to that formula.\n",
+        "Their own code on the same inputs in fp32, against our float64 oracle. *agrees*: loss "
+        "and gradients within 1e-4. Where a peer differs on purpose or by defect, the row says by "
+        "which formula, and the test holds it to that formula.\n",
         "| peer | case | loss | gradient | verdict |",
         "|---|---|---:|---:|---|",
     ]
