@@ -37,7 +37,7 @@ class Ranks:
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
         """[function(rank, *args) for every rank], in rank order; RankError past `timeout` s."""
         if not self._processes:
-            self._start(timeout)
+            self._start()
         call = (sys.modules[function.__module__].__file__, function.__name__, args)
         deadline = time.monotonic() + timeout
         for link in self._links:
@@ -72,7 +72,7 @@ class Ranks:
         self.close()
         raise RankError(why)
 
-    def _start(self, timeout: float) -> None:
+    def _start(self, timeout: float = 300) -> None:
         # One thread each: they share the machine. Loopback only. A file, not a port, to meet at.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +100,7 @@ def _serve(rank: int, world: int, folder: str) -> None:
     link = Client(str(Path(folder, "socket")), "AF_UNIX")
     link.send_bytes(pickle.dumps(rank))
     import torch
+    import torch._dynamo  # seconds on a busy machine: now, not within the first call's time
     import torch.distributed as dist
 
     torch.set_num_threads(1)

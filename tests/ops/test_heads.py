@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrl
 from pyrl import LoRA
@@ -114,13 +113,15 @@ def test_lora_equals_the_merged_weight(backend, dtype, chunk, options, monkeypat
 
 @pytest.mark.parametrize("backend", serving())
 def test_fp32_adapters_over_a_bf16_model(backend):
-    leaves, rest, coefficients = inputs(torch.bfloat16, adapter=torch.float32)
+    leaves, rest, coefficients = inputs(torch.bfloat16)
+    half = lora_run(backend, leaves, rest, coefficients)
+    for key in ("a", "b"):
+        leaves[key] = leaves[key].detach().float().requires_grad_()
     ours = lora_run(backend, leaves, rest, coefficients)
-    assert ours["a"].dtype == ours["b"].dtype == torch.float32
-    assert ours["hidden"].dtype == torch.bfloat16
-    rounded = {k: v.detach().bfloat16().requires_grad_() for k, v in leaves.items()}
-    usual, exact = plain_run(rounded, rest, coefficients), merged_run(leaves, rest, coefficients)
-    assert_parity(ours, usual, exact, torch.bfloat16)
+    for key, value in half.items():
+        assert ours[key].dtype == (torch.float32 if key in ("a", "b") else value.dtype), key
+        assert torch.equal(ours[key].to(value.dtype), value), key  # only not rounded at the end
+    assert not torch.equal(ours["b"], half["b"].float())
 
 
 @pytest.mark.parametrize("backend", serving())
@@ -132,18 +133,15 @@ def test_lora_never_reads_masked_rows(backend):
     assert all(bool(v.isfinite().all()) for v in out.values())
 
 
-class Products(TorchDispatchMode):
-    """Shapes of all matrix products, and of their operands."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if "mm" in str(func):
-            self.shapes.append(tuple(out.shape))
-        return out
+def products(events):
+    """Shapes of the results of all matrix products in a profile."""
+    shapes = []
+    for event in events:
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            first = event.name != "aten::mm"  # addmm's own is what it adds to
+            left, right = event.input_shapes[first : first + 2]
+            shapes.append((left[0], right[1]))
+    return shapes
 
 
 @pytest.mark.parametrize("backend", serving())
@@ -152,17 +150,17 @@ def test_a_frozen_part_costs_no_product(backend, frozen):
     leaves, rest, coefficients = inputs()
     everything = lora_run(backend, leaves, rest, coefficients)
     leaves[frozen].requires_grad_(False)
-    with Products() as seen:
+    with torch.profiler.profile(record_shapes=True) as seen:
         ours = lora_run(backend, leaves, rest, coefficients)
+    shapes = products(seen.events())
     assert ours[frozen] is None
     for key in set(NAMES) - {frozen}:
         assert torch.equal(ours[key], everything[key]), key
     n = int(rest["mask"].sum())
     for key, shape in (("weight", (V, D)), ("a", (R, D)), ("b", (V, R))):
-        assert (shape in seen.shapes) == (key != frozen), key
-    # Forward, backward's recomputation, and dhidden's own two: through weight and through a.
-    assert seen.shapes.count((n, V)) >= 2
-    assert ((n, D) in seen.shapes) == (frozen != "hidden")
+        assert (shape in shapes) == (key != frozen), key
+    assert ((n, D) in shapes) == (frozen != "hidden")
+    assert (n, V) in shapes
 
 
 @pytest.mark.parametrize("backend", [*serving(), "reference"])
