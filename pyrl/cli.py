@@ -121,7 +121,8 @@ def certificate(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         # Triton's kernels then run in its interpreter: right or wrong is the same.
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    from pyrl.certify import certify, report
+    from pyrl.certify import report
+    from pyrl.certify.run import certify
 
     found = certify(quick=args.quick)
     args.out.parent.mkdir(parents=True, exist_ok=True)

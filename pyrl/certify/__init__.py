@@ -1,3 +1,1 @@
-"""The parity certificate: every loss and option, on every backend, against the float64 oracle."""
-
-from pyrl.certify.run import certify as certify
+"""The parity certificate: every loss and option, on every backend, against float64."""

@@ -49,7 +49,7 @@ SHAPES = (
 def numbers(shape: Shape, seed: int = 0, device: torch.device = DEVICE) -> dict[str, Any]:
     """Arguments of `policy_objective`, its tensors fp32; log-prob and entropy are leaves."""
     g = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor(shape.lengths)
+    lengths = torch.tensor(shape.lengths, dtype=torch.int64)
     if shape.padded:
         size: tuple[int, ...] = (len(lengths), int(lengths.max()))
         inside = torch.arange(size[1]) < lengths[:, None]
