@@ -54,6 +54,46 @@ PARAMS = (
 
 
 @triton.jit
+def _program(program, p, n, options, bounds_ptr, c_ptr, h_ptr, T, B, BLOCK: tl.constexpr):
+    """Stores the gradients of one program's tokens and returns its sums [BLOCK]: without bounds
+    BLOCK tokens, with bounds [B + 1] one sequence."""
+    if bounds_ptr is None:
+        t = program * BLOCK + tl.arange(0, BLOCK)
+        nothing = Sequence(0.0, 0.0, 0.0, 0.0)
+        direct, through, _, h, sums = terms(p, n, read(p, t, t < T), nothing, options)
+        tl.store(c_ptr + t, (direct + through).to(tl.float32), mask=t < T)
+        tl.store(h_ptr + t, h.to(tl.float32), mask=t < T)
+    else:
+        # In [0, T] whatever the bounds say: no launch can check them without waiting.
+        begin = tl.maximum(tl.load(bounds_ptr + program, mask=program < B, other=0), 0)
+        end = tl.minimum(tl.load(bounds_ptr + program + 1, mask=program < B, other=0), T)
+        tokens, shared = sequence(p, n, begin, end, options, BLOCK)
+        sums = no_sums(BLOCK)
+        spread = tl.zeros([BLOCK], tl.float64)
+        for start in range(begin, end, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            b = read(p, t, t < end)
+            direct, through, _, h, metrics = terms(p, n, b, shared, options)
+            sums = merged(sums, metrics)
+            tl.store(h_ptr + t, h.to(tl.float32), mask=t < end)
+            if options.ratio_level == SEQUENCE or options.objective == GMPO:
+                spread += through
+            else:
+                tl.store(c_ptr + t, (direct + through).to(tl.float32), mask=t < end)
+        if options.ratio_level == SEQUENCE or options.objective == GMPO:
+            share = tl.sum(spread, axis=0) / tokens
+            for start in range(begin, end, BLOCK):
+                t = start + tl.arange(0, BLOCK)
+                b = read(p, t, t < end)
+                # Computed again: c as stored would be rounded twice.
+                direct, _, bounded, _, _ = terms(p, n, b, shared, options)
+                reached = b.keep & ~bounded if options.objective == GMPO else b.keep
+                c = direct + tl.where(reached, share, 0.0)
+                tl.store(c_ptr + t, c.to(tl.float32), mask=t < end)
+    return sums
+
+
+@triton.jit
 def _objective_kernel(
     logprob_ptr,
     entropy_ptr,
@@ -97,63 +137,51 @@ def _objective_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Without bounds BLOCK tokens a program, with bounds [B + 1] one sequence. The program that
-    finishes last adds everyone's partial sums."""
+    """The program that finishes last adds everyone's partial sums."""
     program = tl.program_id(0).to(tl.int64)
-    options = Options(
-        objective,
-        has_dual,
-        has_delta,
-        divergence,
-        ratio_level,
-        kl,
-        kl_weighted,
-        kl_clamped,
-        bonus,
-        correction,
-        correction_level,
-        off_policy,
+    # In one expression: an assignment would turn the options into run-time values.
+    sums = _program(
+        program,
+        Pointers(
+            logprob_ptr,
+            entropy_ptr,
+            old_ptr,
+            ref_ptr,
+            rollout_ptr,
+            advantage_ptr,
+            weight_ptr,
+            keep_ptr,
+        ),
+        Numbers(
+            (x0, x1, x2, x3),
+            kl_coef,
+            kl_clamp,
+            entropy_coef,
+            correction_low,
+            correction_high,
+            off_policy_threshold,
+        ),
+        Options(
+            objective,
+            has_dual,
+            has_delta,
+            divergence,
+            ratio_level,
+            kl,
+            kl_weighted,
+            kl_clamped,
+            bonus,
+            correction,
+            correction_level,
+            off_policy,
+        ),
+        bounds_ptr,
+        c_ptr,
+        h_ptr,
+        T,
+        B,
+        BLOCK,
     )
-    p = Pointers(
-        logprob_ptr, entropy_ptr, old_ptr, ref_ptr, rollout_ptr, advantage_ptr, weight_ptr, keep_ptr
-    )
-    x = (x0, x1, x2, x3)
-    n = Numbers(
-        x, kl_coef, kl_clamp, entropy_coef, correction_low, correction_high, off_policy_threshold
-    )
-    if bounds_ptr is None:
-        t = program * BLOCK + tl.arange(0, BLOCK)
-        nothing = Sequence(0.0, 0.0, 0.0, 0.0)
-        direct, through, _, h, sums = terms(p, n, read(p, t, t < T), nothing, options)
-        tl.store(c_ptr + t, (direct + through).to(tl.float32), mask=t < T)
-        tl.store(h_ptr + t, h.to(tl.float32), mask=t < T)
-    else:
-        # In [0, T] whatever the bounds say: no launch can check them without waiting.
-        begin = tl.maximum(tl.load(bounds_ptr + program, mask=program < B, other=0), 0)
-        end = tl.minimum(tl.load(bounds_ptr + program + 1, mask=program < B, other=0), T)
-        tokens, shared = sequence(p, n, begin, end, options, BLOCK)
-        sums = no_sums(BLOCK)
-        spread = tl.zeros([BLOCK], tl.float64)
-        for start in range(begin, end, BLOCK):
-            t = start + tl.arange(0, BLOCK)
-            b = read(p, t, t < end)
-            direct, through, _, h, metrics = terms(p, n, b, shared, options)
-            sums = merged(sums, metrics)
-            tl.store(h_ptr + t, h.to(tl.float32), mask=t < end)
-            if ratio_level == SEQUENCE or objective == GMPO:
-                spread += through
-            else:
-                tl.store(c_ptr + t, (direct + through).to(tl.float32), mask=t < end)
-        if ratio_level == SEQUENCE or objective == GMPO:
-            share = tl.sum(spread, axis=0) / tokens
-            for start in range(begin, end, BLOCK):
-                t = start + tl.arange(0, BLOCK)
-                b = read(p, t, t < end)
-                # Computed again: c as stored would be rounded twice.
-                direct, _, bounded, _, _ = terms(p, n, b, shared, options)
-                reached = b.keep & ~bounded if objective == GMPO else b.keep
-                c = direct + tl.where(reached, share, 0.0)
-                tl.store(c_ptr + t, c.to(tl.float32), mask=t < end)
     store_row(partial_ptr + program * ROW, sums)
 
     tl.debug_barrier()  # every thread's partial sums before this program counts itself done
