@@ -96,9 +96,14 @@ def cispo(t: Tokens, spec: LossSpec) -> Policy:
     return Policy(loss, t.ratio, r < spec.cispo_low, r > spec.cispo_high)
 
 
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    # torch.where of two numbers would round them to fp32.
+    return torch.where(condition, yes, torch.full_like(like, no))
+
+
 def sapo(t: Tokens, spec: LossSpec) -> Policy:
     """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A."""
-    tau = torch.where(t.advantage > 0, spec.sapo_tau_pos, spec.sapo_tau_neg).to(t.ratio.dtype)
+    tau = _choose(t.advantage > 0, spec.sapo_tau_pos, spec.sapo_tau_neg, t.ratio)
     return Policy(-t.advantage * (4 / tau) * torch.sigmoid(tau * (t.ratio - 1)), t.ratio)
 
 
@@ -119,8 +124,8 @@ def vespo(t: Tokens, spec: LossSpec) -> Policy:
     log_weight = t.log_weight.clamp(LOG_TINY, LOG_HUGE)
     log_w = t.segments.sum(delta + log_weight).clamp(LOG_TINY, LOG_HUGE)
     positive = t.advantage >= 0
-    k = torch.where(positive, spec.vespo_k_pos, spec.vespo_k_neg).to(log_w.dtype)
-    rate = torch.where(positive, spec.vespo_lambda_pos, spec.vespo_lambda_neg).to(log_w.dtype)
+    k = _choose(positive, spec.vespo_k_pos, spec.vespo_k_neg, log_w)
+    rate = _choose(positive, spec.vespo_lambda_pos, spec.vespo_lambda_neg, log_w)
     phi = (rate + k * log_w - rate * log_w.exp()).exp()
     return Policy(-phi * t.advantage * t.logprob, t.ratio)
 
