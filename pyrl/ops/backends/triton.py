@@ -16,18 +16,25 @@ __all__ = [
 
 
 # Imported on first call: triton itself is optional, and reads TRITON_INTERPRET when it is imported.
-def logits_stats(*args: Any) -> Any:
+def logits_stats(*args: Any, spans: Any = None, ids: Any = None, rows: Any = None) -> Any:
     """See `Backend.logits_stats`."""
-    from pyrl.kernels import logits
+    from pyrl.kernels import logits, support
 
-    return logits.logits_stats(*args)
+    if spans is None:
+        return logits.logits_stats(*args, rows)
+    return support.support_stats(*args, spans, ids, rows)
 
 
-def logits_grad_(*args: Any) -> Any:
+def logits_grad_(
+    *args: Any, spans: Any = None, ids: Any = None, rows: Any = None, source: Any = None
+) -> None:
     """See `Backend.logits_grad_`."""
-    from pyrl.kernels import logits
+    from pyrl.kernels import logits, support
 
-    return logits.logits_grad_(*args)
+    if spans is None:
+        logits.logits_grad_(*args, rows, source)
+    else:
+        support.support_grad_(*args, spans, ids, rows, source)
 
 
 def objective_terms(*args: Any) -> Any:
