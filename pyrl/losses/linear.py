@@ -29,6 +29,7 @@ from pyrl.ops.policy_objective import (
 )
 from pyrl.ops.shapes import layout
 from pyrl.ops.spec import METRICS, LossSpec
+from pyrl.ops.support import Support, SupportRows, check_support, support_fields
 
 
 def linear_policy_loss(
@@ -48,7 +49,7 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
-    support: object | None = None,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """policy_objective(linear_logprob(hidden, weight, target), advantages, spec), fused.
@@ -62,15 +63,12 @@ def linear_policy_loss(
 
     hidden [T, D] or [B, L, D] · weight [V, D] · bias [V] · everything else as in `policy_objective`
     and `linear_logprob`; temperature, softcap and logit_scale come from `spec`. Instead of
-    `ref_logprob`, `ref_hidden` and `ref_weight` (default: `weight`) may be given.
+    `ref_logprob`, `ref_hidden` and `ref_weight` (default: `weight`) may be given; with a `support`,
+    the reference's softmax runs over it too.
     Returns loss, metrics, and the detached logprob and entropy shaped like target.
 
     ValueError and NotImplementedError as in the two functions it composes.
     """
-    if support is not None:
-        raise NotImplementedError(
-            "linear_policy_loss: support is not implemented by any backend yet"
-        )
     if not isinstance(spec, LossSpec):
         raise ValueError(f"spec: expected a LossSpec, got {type(spec).__name__}")
     where = layout(target, mask, cu_seqlens)
@@ -81,6 +79,7 @@ def linear_policy_loss(
         "softcap": spec.softcap,
         "logit_scale": spec.logit_scale,
         "mask": mask,
+        "support": support,
         "backend": name,
     }
     if ref_hidden is not None:
@@ -117,6 +116,7 @@ def linear_policy_loss(
         bias,
         target.reshape(-1),
         inv_temperature(spec.temperature, target),
+        *support_fields(support, target),
         *fields,
         spec.to_json(),
         name,
@@ -139,6 +139,8 @@ def _linear_policy_loss(
     bias: Tensor | None,
     target: Tensor,
     inv_temperature: Tensor,
+    indptr: Tensor | None,
+    ids: Tensor | None,
     old: Tensor | None,
     ref: Tensor | None,
     rollout: Tensor | None,
@@ -154,6 +156,7 @@ def _linear_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, logprob [T], entropy [T], metrics, dloss/dhidden, dloss/dweight, dloss/dbias."""
     check_targets(target, keep, weight.shape[0])
+    check_support(indptr, ids, target, keep, weight.shape[0])
     loss_spec, kernels = LossSpec.from_json(spec), load(backend)
     params, scale, cap = loss_spec.params(), loss_spec.logit_scale, loss_spec.softcap or 0.0
     x, index = kept_rows(hidden, keep)
@@ -161,6 +164,7 @@ def _linear_policy_loss(
     needs = (needs_hidden, needs_weight, needs_bias)
     grads = HeadGradients(hidden, weight, bias, needs, chunks=-(-len(x) // step))
     y, inv = target[index], inv_temperature[index]
+    support = SupportRows(indptr, ids, index)
     fields = Fields(old, ref, rollout, advantage, token_weight, keep, bounds)
     fields_x = fields.rows(index)
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -169,12 +173,15 @@ def _linear_policy_loss(
         rows = slice(i, i + step)
         where = rows if isinstance(index, slice) else index[rows]
         z = raw_logits(x[rows], w, b)
-        stats = kernels.logits_stats(z, y[rows], inv[rows], scale, cap)
+        of_rows = support(rows)
+        stats = kernels.logits_stats(z, y[rows], inv[rows], scale, cap, **of_rows)
         logprob[where], entropy[where] = stats[0], stats[1]
         if any(grads.needs):
             part = fields_x.rows(rows)
             _, c, h, _ = kernels.objective_terms(stats[0], stats[1], *part, params)
-            kernels.logits_grad_(z, y[rows], inv[rows], scale, cap, stats[2], stats[1], c, h, None)
+            kernels.logits_grad_(
+                z, y[rows], inv[rows], scale, cap, stats[2], stats[1], c, h, None, **of_rows
+            )
             grads.add(z, x[rows], w, where)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
     loss, _, _, metrics = kernels.objective_terms(logprob, entropy, *fields, params)
@@ -188,6 +195,8 @@ def _(
     bias,
     target,
     inv_temperature,
+    indptr,
+    ids,
     old,
     ref,
     rollout,
@@ -226,7 +235,7 @@ def _backward(ctx, g, *_):
         ctx.gradients = None
     used = ctx.needs_input_grad
     gradients = (dx if used[0] else None, dw if used[1] else None, db if used[2] else None)
-    return *gradients, *([None] * 14)
+    return *gradients, *([None] * 16)
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyrl.ops import reference
 from pyrl.ops.backend import load, select
 from pyrl.ops.shapes import check_shape, layout
+from pyrl.ops.support import Support, SupportRows, check_support, support_fields
 
 #: Bytes of one chunk of logits. CPU: what stays near the last-level cache while the GEMMs over it
 #: are still long enough to run at full rate. GPU: what keeps the GEMMs saturated.
@@ -38,7 +39,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
-    support: object | None = None,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> LogProb:
     """log_softmax(softcap((hidden @ weight.T + bias) * logit_scale) / temperature)[target], with
@@ -46,25 +47,31 @@ def linear_logprob(
 
     hidden [T, D] or [B, L, D] (f32, bf16, f16) · weight [V, D] · target [T] or [B, L] integers in
     [0, V), aligned: hidden[t] predicts target[t] · bias [V] · temperature scalar, [T] or [B, L] ·
-    mask like target, true = computed. Natural logarithms. Differentiable in hidden, weight and
-    bias through all three outputs; gradients have their input's dtype and are accumulated in fp32.
+    mask like target, true = computed · support: the softmax of each token, and so its entropy and
+    logsumexp, runs over its sampling support only. Natural logarithms. Differentiable in hidden,
+    weight and bias through all three outputs; gradients have their input's dtype and are
+    accumulated in fp32; no gradient enters a logit outside the support.
 
-    ValueError for a wrong shape, dtype or device, and for a kept target outside [0, V), named with
-    its position. NotImplementedError for `support` (sampling-support replay is not built yet).
+    ValueError for a wrong shape, dtype or device, for a malformed support, and for a kept target
+    outside [0, V) or its support, named with its position.
     """
-    if support is not None:
-        raise NotImplementedError("linear_logprob: support is not implemented by any backend yet")
     where = layout(target, mask, None)
     check_head(hidden, weight, target, bias)
     x = hidden.reshape(-1, hidden.shape[-1])
     y = target.reshape(-1)
     inv, cap = inv_temperature(temperature, target), softcap or 0.0
+    indptr, ids = support_fields(support, target)
     name = select(backend, hidden.device)
     if name == "reference":
         check_targets(y, where.keep, weight.shape[0])
-        out = reference.linear_logprob(x, weight, y, bias, inv, cap, logit_scale, where.keep)
+        check_support(indptr, ids, y, where.keep, weight.shape[0])
+        out = reference.linear_logprob(
+            x, weight, y, bias, inv, cap, logit_scale, where.keep, indptr, ids
+        )
     else:
-        out = _linear_logprob(x, weight, y, bias, inv, where.keep, cap, logit_scale, name)
+        out = _linear_logprob(
+            x, weight, y, bias, inv, where.keep, indptr, ids, cap, logit_scale, name
+        )
     return LogProb(*(v.float().reshape(target.shape) for v in out))
 
 
@@ -190,22 +197,26 @@ def _linear_logprob(
     bias: Tensor | None,
     inv_temperature: Tensor,
     keep: Tensor,
+    indptr: Tensor | None,
+    ids: Tensor | None,
     softcap: float,
     logit_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_targets(target, keep, weight.shape[0])
+    check_support(indptr, ids, target, keep, weight.shape[0])
     kernels = load(backend)
     outputs = [torch.zeros(target.shape, device=hidden.device) for _ in range(3)]
     x, index = kept_rows(hidden, keep)
     y, inv = target[index], inv_temperature[index]
+    support = SupportRows(indptr, ids, index)
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     packed = [torch.empty(y.shape, device=x.device) for _ in range(3)]
     step = chunk_rows(x, weight.shape[0])
     for i in range(0, len(y), step):
         rows = slice(i, i + step)
         z = raw_logits(x[rows], w, b)
-        stats = kernels.logits_stats(z, y[rows], inv[rows], logit_scale, softcap)
+        stats = kernels.logits_stats(z, y[rows], inv[rows], logit_scale, softcap, **support(rows))
         for full, part in zip(packed, stats, strict=True):
             full[rows] = part
     for full, part in zip(outputs, packed, strict=True):
@@ -214,7 +225,7 @@ def _linear_logprob(
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, target, bias, inv_temperature, keep, softcap, logit_scale, backend):
+def _(hidden, weight, target, bias, inv_temperature, keep, indptr, ids, *options):
     return tuple(hidden.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
 
 
@@ -226,6 +237,8 @@ def _linear_logprob_backward(
     bias: Tensor | None,
     inv_temperature: Tensor,
     keep: Tensor,
+    indptr: Tensor | None,
+    ids: Tensor | None,
     entropy: Tensor,
     lse: Tensor,
     c: Tensor,
@@ -245,13 +258,16 @@ def _linear_logprob_backward(
     step = chunk_rows(x, weight.shape[0])
     needs = (needs_hidden, needs_weight, needs_bias)
     grads = HeadGradients(hidden, weight, bias, needs, chunks=-(-len(x) // step))
+    support = SupportRows(indptr, ids, index)
     rows_of = [v[index] for v in (target, inv_temperature, lse, entropy, c, h, g)]
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     for i in range(0, len(x), step):
         rows = slice(i, i + step)
         y, inv, lse_i, entropy_i, c_i, h_i, g_i = (v[rows].contiguous() for v in rows_of)
         z = raw_logits(x[rows], w, b)
-        kernels.logits_grad_(z, y, inv, logit_scale, softcap, lse_i, entropy_i, c_i, h_i, g_i)
+        kernels.logits_grad_(
+            z, y, inv, logit_scale, softcap, lse_i, entropy_i, c_i, h_i, g_i, **support(rows)
+        )
         grads.add(z, x[rows], w, rows if isinstance(index, slice) else index[rows])
     return grads.result()
 
@@ -264,6 +280,8 @@ def _(
     bias,
     inv_temperature,
     keep,
+    indptr,
+    ids,
     entropy,
     lse,
     c,
@@ -294,37 +312,23 @@ def fake_gradients(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, weight, target, bias, inv_temperature, keep, *ctx.rest = inputs
+    tensors, ctx.rest = inputs[:8], inputs[8:]
     _, entropy, lse = output
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(hidden, weight, target, bias, inv_temperature, keep, entropy, lse)
+    ctx.has_bias = tensors[3] is not None
+    ctx.save_for_backward(*tensors, entropy, lse)
 
 
 def _backward(ctx, c, h, g):
-    hidden, weight, target, bias, inv_temperature, keep, entropy, lse = ctx.saved_tensors
+    saved = ctx.saved_tensors  # in the order of the backward's parameters
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    c, h, g = (torch.zeros_like(lse) if v is None else v.contiguous() for v in (c, h, g))
-    dx, dw, db = _linear_logprob_backward(
-        hidden,
-        weight,
-        target,
-        bias,
-        inv_temperature,
-        keep,
-        entropy,
-        lse,
-        c,
-        h,
-        g,
-        *ctx.rest,
-        *needs,
-    )
+    c, h, g = (torch.zeros_like(saved[-1]) if v is None else v.contiguous() for v in (c, h, g))
+    dx, dw, db = _linear_logprob_backward(*saved, c, h, g, *ctx.rest, *needs)
     return (
         dx if needs[0] else None,
         dw if needs[1] else None,
         None,
         db if needs[2] and ctx.has_bias else None,
-        *([None] * 5),
+        *([None] * 7),
     )
 
 
