@@ -195,10 +195,15 @@ def _gradient_(
         part = slice(i, i + step)
         kernels.logits_grad_(
             z if out is None else out[part],
-            *(v[part] for v in (y, inv_temperature)),
+            y[part],
+            inv_temperature[part],
             logit_scale,
             softcap,
-            *(v[part] for v in (lse, entropy, c, h, g)),
+            lse[part],
+            entropy[part],
+            c[part],
+            h[part],
+            g[part],
             rows=row[part],
             source=None if out is None else z,
             **support(part),

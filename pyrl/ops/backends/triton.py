@@ -21,8 +21,8 @@ def logits_stats(*args: Any, spans: Any = None, ids: Any = None, rows: Any = Non
     from pyrl.kernels import logits, support
 
     if spans is None:
-        return logits.logits_stats(*args, rows)
-    return support.support_stats(*args, spans, ids, rows)
+        return logits.logits_stats(*args, rows=rows)
+    return support.support_stats(*args, spans=spans, ids=ids, rows=rows)
 
 
 def logits_grad_(
@@ -32,9 +32,9 @@ def logits_grad_(
     from pyrl.kernels import logits, support
 
     if spans is None:
-        logits.logits_grad_(*args, rows, source)
+        logits.logits_grad_(*args, rows=rows, source=source)
     else:
-        support.support_grad_(*args, spans, ids, rows, source)
+        support.support_grad_(*args, spans=spans, ids=ids, rows=rows, source=source)
 
 
 def objective_terms(*args: Any) -> Any:
