@@ -11,12 +11,16 @@ if TYPE_CHECKING:
         logits_policy_loss,
         reduce_metrics,
     )
+    from pyrl.losses.parallel import vocab_parallel_policy_loss
     from pyrl.models import Policy, load_policy
     from pyrl.ops.backend import BackendUnavailableError, backends
     from pyrl.ops.group_advantage import Advantages, group_advantage
     from pyrl.ops.linear_logprob import LogProb, linear_logprob
     from pyrl.ops.logits_logprob import logits_logprob
+    from pyrl.ops.lora import LinearHead, LoRA, linear_head
+    from pyrl.ops.parallel import vocab_parallel_logprob
     from pyrl.ops.policy_objective import policy_objective
+    from pyrl.ops.sharded import full_weight
     from pyrl.ops.support import Support
     from pyrl.packing import PackedBatch, Sample, pack
 
@@ -28,6 +32,8 @@ _HOME = {
     "PRESETS": "pyrl.losses",
     "Advantages": "pyrl.ops.group_advantage",
     "BackendUnavailableError": "pyrl.ops.backend",
+    "LinearHead": "pyrl.ops.lora",
+    "LoRA": "pyrl.ops.lora",
     "LogProb": "pyrl.ops.linear_logprob",
     "LossSpec": "pyrl.losses",
     "PackedBatch": "pyrl.packing",
@@ -36,7 +42,9 @@ _HOME = {
     "Sample": "pyrl.packing",
     "Support": "pyrl.ops.support",
     "backends": "pyrl.ops.backend",
+    "full_weight": "pyrl.ops.sharded",
     "group_advantage": "pyrl.ops.group_advantage",
+    "linear_head": "pyrl.ops.lora",
     "linear_logprob": "pyrl.ops.linear_logprob",
     "linear_policy_loss": "pyrl.losses",
     "load_policy": "pyrl.models",
@@ -45,12 +53,16 @@ _HOME = {
     "pack": "pyrl.packing",
     "policy_objective": "pyrl.ops.policy_objective",
     "reduce_metrics": "pyrl.losses",
+    "vocab_parallel_logprob": "pyrl.ops.parallel",
+    "vocab_parallel_policy_loss": "pyrl.losses.parallel",
 }
 
 __all__ = [
     "PRESETS",
     "Advantages",
     "BackendUnavailableError",
+    "LinearHead",
+    "LoRA",
     "LogProb",
     "LossSpec",
     "PackedBatch",
@@ -59,7 +71,9 @@ __all__ = [
     "Sample",
     "Support",
     "backends",
+    "full_weight",
     "group_advantage",
+    "linear_head",
     "linear_logprob",
     "linear_policy_loss",
     "load_policy",
@@ -68,6 +82,8 @@ __all__ = [
     "pack",
     "policy_objective",
     "reduce_metrics",
+    "vocab_parallel_logprob",
+    "vocab_parallel_policy_loss",
 ]
 
 

@@ -18,6 +18,7 @@ def logits_policy_loss(
     spec: LossSpec,
     *,
     inplace_backward: bool = False,
+    temperature: float | Tensor | None = None,
     old_logprob: Tensor | None = None,
     ref_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
@@ -31,7 +32,8 @@ def logits_policy_loss(
     """policy_objective(logits_logprob(logits, target), advantages, spec), for any spec.
 
     logits [T, V] or [B, L, V] (f32, bf16, f16), any distance from row to row · everything else as
-    in `linear_policy_loss`; temperature, softcap and logit_scale come from `spec`.
+    in `linear_policy_loss`; softcap, logit_scale and temperature come from `spec`, `temperature`
+    (scalar, or shaped like target) overrides the last.
 
     The forward reads the logits once and makes nothing of their size. The backward makes one
     tensor of their size, or none with `inplace_backward=True`: the gradient then takes the memory
@@ -49,7 +51,7 @@ def logits_policy_loss(
     out = logits_logprob(
         logits,
         target,
-        temperature=spec.temperature,
+        temperature=spec.temperature if temperature is None else temperature,
         softcap=spec.softcap,
         logit_scale=spec.logit_scale,
         mask=mask,

@@ -161,8 +161,7 @@ def _interprets(name: str, device: torch.device) -> bool:
 
 @torch.compiler.assume_constant_result
 def _automatic(device_type: str) -> str:
-    # Apart from the cache, which tracing looks through and would then miss the line above.
-    return _best(device_type)
+    return _best(device_type)  # behind one more call: tracing looks through functools.cache
 
 
 @functools.cache
@@ -178,3 +177,14 @@ def _best(device_type: str) -> str:
             return name
         skipped.append(f"{name}: {reason}")
     raise BackendUnavailableError(f"no backend serves {device_type} tensors: {'; '.join(skipped)}")
+
+
+def once_differentiable(name: str) -> None:
+    """RuntimeError inside a backward that is itself being differentiated.
+
+    A closed-form gradient has no graph: a second derivative would silently be 0.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name}: no second derivative (create_graph=True); backend='reference' has one"
+        )

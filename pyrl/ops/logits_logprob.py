@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from pyrl.ops import reference
-from pyrl.ops.backend import load, select
-from pyrl.ops.linear_logprob import LogProb, check_targets, chunk_rows, inv_temperature
+from pyrl.ops.backend import load, once_differentiable, select
+from pyrl.ops.linear_logprob import (
+    LogProb,
+    check_targets,
+    chunk_rows,
+    inv_temperature,
+    token_ids,
+)
 from pyrl.ops.shapes import check_shape, layout
 from pyrl.ops.support import Support, SupportRows, check_support, support_fields
 
@@ -60,7 +66,9 @@ def logits_logprob(
         )
     if inplace_backward:
         _check_inplace(logits, name)
-    y, inv, cap = target.reshape(-1).long(), inv_temperature(temperature, target), softcap or 0.0
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap={softcap!r}: expected None or a finite number > 0")
+    y, inv, cap = token_ids(target), inv_temperature(temperature, target), softcap or 0.0
     indptr, ids = support_fields(support, target)
     if name == "reference":
         check_targets(y, where.keep, logits.shape[-1])
@@ -252,6 +260,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx, c, h, g):
+    once_differentiable("logits_logprob")
     if ctx.overwritten:
         raise RuntimeError(
             "logits with inplace_backward=True: backward ran a second time, but the first one put "

@@ -225,11 +225,12 @@ def test_opcheck_and_fullgraph(backend):
     spec = SPECS["grpo"]
     one, adv = torch.ones(T, device=DEVICE), torch.randn(T, device=DEVICE)
     for support in ((None, None), tuple(random_support(target, V, f["mask"]))):
-        head = (hidden, weight, f["bias"], target, one, *support)
+        head = (hidden, weight, f["bias"], None, None, target, one, *support)
         fields = (f["old_logprob"], f["ref_logprob"], None, adv, one / T, f["mask"], None)
+        needs = [True] * 3 + [False] * 2
         torch.library.opcheck(
             _linear_policy_loss,
-            (*head, *fields, spec.to_json(), backend, True, True, True),
+            (*head, *fields, spec.to_json(), 1.0, V, backend, needs),
             # In-place scaling of saved gradients is eager's; tracing takes the other branch, and
             # is compared with eager below.
             test_utils=("test_schema", "test_faketensor"),
