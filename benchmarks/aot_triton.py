@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pyrl.kernels import group_advantage, logits, objective
+from pyrl.kernels import group_advantage, logits, objective, support
 from pyrl.ops.spec import LossSpec
 
 ARCHITECTURES = (80, 90, 100)
@@ -116,6 +116,52 @@ def logits_variants() -> Iterator[tuple[str, Callable[[], Any]]]:
                     )
 
 
+def row_variants() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Rows that lie anywhere and their gradient elsewhere; supports of either integer type."""
+    target, row = torch.zeros(2, dtype=torch.int64), torch.empty(2)
+    spans = torch.zeros(2, 2, dtype=torch.int64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for V in (32000, 32001):
+            z = torch.empty(2, V, dtype=dtype)
+            head, grad = (target, row, 1.0, 30.0), (row, row, row, row, row)
+            kind = f"{str(dtype)[6:]} V={V} "
+            yield (
+                f"logits_stats {kind}rows",
+                lambda z=z, head=head: logits.logits_stats(z, *head, target),
+            )
+            yield (
+                f"logits_grad_ {kind}rows",
+                lambda z=z, head=head, g=grad: logits.logits_grad_(z, *head, *g, target),
+            )
+            yield (
+                f"logits_grad_ {kind}rows source",
+                lambda z=z, head=head, g=grad: logits.logits_grad_(z, *head, *g, target, z),
+            )
+            for ids in (torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)):
+                csr = (spans, ids)
+                name = f"{kind}{str(ids.dtype)[6:]} "
+                yield (
+                    f"support_stats {name}",
+                    lambda z=z, head=head, csr=csr: support.support_stats(z, *head, *csr),
+                )
+                yield (
+                    f"support_grad_ {name}",
+                    lambda z=z, head=head, g=grad, csr=csr: support.support_grad_(
+                        z, *head, *g, *csr
+                    ),
+                )
+            yield (
+                f"support_stats {kind}rows",
+                lambda z=z, head=head, csr=csr: support.support_stats(z, *head, *csr, target),
+            )
+            yield (
+                f"support_grad_ {kind}rows source",
+                lambda z=z, head=head, g=grad, csr=csr: support.support_grad_(
+                    z, *head, *g, *csr, target, z
+                ),
+            )
+
+
 def objective_variants() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every policy term with every option that needs registers, token by token and by sequence; the
     plain calls; every KL and correction."""
@@ -194,7 +240,7 @@ def resources(cubin: bytes) -> Resources:
 def compile_all(architectures: tuple[int, ...], only: str) -> tuple[list[str], list[str]]:
     """Table rows and problems."""
     rows, problems = [], []
-    for variants in (logits_variants(), objective_variants(), group_variants()):
+    for variants in (logits_variants(), row_variants(), objective_variants(), group_variants()):
         for name, call in variants:
             if only not in name:
                 continue
@@ -208,9 +254,9 @@ def compile_all(architectures: tuple[int, ...], only: str) -> tuple[list[str], l
                 cells.append(f"{used.registers:4d} {used.stack:5d} {compiled.metadata.shared:6d}")
                 if used.stack:
                     problems.append(f"{name} sm_{arch}: {used.stack} bytes of stack")
-                # row * V, the only product of two scalars that can pass 2^31.
+                # row * stride, the only product of two scalars that can pass 2^31.
                 wide = re.search(r"arith\.muli .* : i64", compiled.asm["ttir"])
-                if "logits" in name and "V=1 " not in name and not wide:
+                if "V=" in name and "V=1 " not in name and not wide:
                     problems.append(f"{name} sm_{arch}: row offsets are not 64-bit")
             rows.append(f"{name:44s} | " + " | ".join(cells))
     return rows, problems

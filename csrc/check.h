@@ -42,6 +42,11 @@ struct ScalarOf<int64_t> {
   static constexpr const char* name = "int64";
 };
 template <>
+struct ScalarOf<int32_t> {
+  static constexpr ScalarType type = ScalarType::Int;
+  static constexpr const char* name = "int32";
+};
+template <>
 struct ScalarOf<bool> {
   static constexpr ScalarType type = ScalarType::Bool;
   static constexpr const char* name = "bool";
@@ -63,10 +68,23 @@ T* vector(const std::optional<Tensor>& t, const char* name, int64_t size, const 
   return t ? vector<T>(*t, name, size, like) : nullptr;
 }
 
+// Which rows of z a kernel touches: all of a contiguous [n, V], or those that `rows` names of an
+// [N, V] with any distance from row to row.
+inline RowIndex row_index(const Tensor& z, const std::optional<Tensor>& rows) {
+  if (!rows) {
+    PYRL_CHECK(z.dim() == 2 && z.is_contiguous(), "z must be a contiguous [n, V] tensor");
+    return {z.size(1), nullptr};
+  }
+  PYRL_CHECK(z.dim() == 2 && (z.size(1) <= 1 || z.stride(1) == 1),
+             "z must be an [N, V] tensor with adjacent columns");
+  return {z.stride(0), vector<int64_t>(*rows, "rows", rows->numel(), z)};
+}
+
 inline LogitsRows logits_rows(const Tensor& z, const Tensor& target, const Tensor& inv_temperature,
-                              double logit_scale, double softcap) {
-  PYRL_CHECK(z.dim() == 2 && z.is_contiguous(), "z must be a contiguous [n, V] tensor");
-  const int64_t n = z.size(0), vocab = z.size(1);
+                              double logit_scale, double softcap,
+                              const std::optional<Tensor>& rows) {
+  const RowIndex at = row_index(z, rows);
+  const int64_t n = rows ? rows->numel() : z.size(0), vocab = z.size(1);
   PYRL_CHECK(vocab > 0 || n == 0, "z has an empty vocabulary");
   const ScalarType type = z.scalar_type();
   PYRL_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
@@ -75,6 +93,7 @@ inline LogitsRows logits_rows(const Tensor& z, const Tensor& target, const Tenso
                       : type == ScalarType::BFloat16 ? DType::kBF16
                                                      : DType::kF16;
   return {z.data_ptr(),
+          at,
           dtype,
           vocab,
           vector<int64_t>(target, "target", n, z),
@@ -83,11 +102,41 @@ inline LogitsRows logits_rows(const Tensor& z, const Tensor& target, const Tenso
           static_cast<float>(softcap)};
 }
 
+// The gradient goes over the raw logits in z, or into z's rows in order when those are in `source`.
 inline LogitsGrad logits_grad(const Tensor& z, const Tensor& lse, const Tensor& entropy,
-                              const Tensor& c, const Tensor& h, const std::optional<Tensor>& g) {
-  const int64_t n = z.size(0);
-  return {vector<float>(lse, "lse", n, z), vector<float>(entropy, "entropy", n, z),
-          vector<float>(c, "c", n, z), vector<float>(h, "h", n, z), vector<float>(g, "g", n, z)};
+                              const Tensor& c, const Tensor& h, const std::optional<Tensor>& g,
+                              const std::optional<Tensor>& rows,
+                              const std::optional<Tensor>& source) {
+  const int64_t n = lse.numel();
+  if (source) {
+    PYRL_CHECK(source->scalar_type() == z.scalar_type(), "source must have the dtype of z");
+    PYRL_CHECK(source->dim() == 2 && z.dim() == 2 && source->size(1) == z.size(1) &&
+                   z.size(0) == n,
+               "z must have shape [", n, ", V], V that of source");
+  }
+  return {z.data_ptr(),
+          row_index(z, source ? std::optional<Tensor>() : rows),
+          vector<float>(lse, "lse", n, z),
+          vector<float>(entropy, "entropy", n, z),
+          vector<float>(c, "c", n, z),
+          vector<float>(h, "h", n, z),
+          vector<float>(g, "g", n, z)};
+}
+
+inline SupportRows support_rows(const std::optional<Tensor>& spans,
+                                const std::optional<Tensor>& ids, int64_t n, const Tensor& z) {
+  PYRL_CHECK(spans.has_value() == ids.has_value(), "spans and ids belong together");
+  if (!spans) return {};
+  PYRL_CHECK(spans->scalar_type() == ScalarType::Long && spans->is_contiguous() &&
+                 spans->dim() == 2 && spans->size(0) == n && spans->size(1) == 2,
+             "spans must be a contiguous int64 tensor of shape [", n, ", 2]");
+  PYRL_CHECK(spans->is_cuda() == z.is_cuda() && spans->get_device_index() == z.get_device_index(),
+             "spans is on another device than the first argument");
+  const int64_t entries = ids->numel();
+  const bool wide = ids->scalar_type() != ScalarType::Int;
+  const void* values = wide ? static_cast<const void*>(vector<int64_t>(*ids, "ids", entries, z))
+                            : vector<int32_t>(*ids, "ids", entries, z);
+  return {static_cast<const int64_t*>(spans->data_ptr()), values, wide, entries};
 }
 
 // Output of `sizes`, on the device of `like`.

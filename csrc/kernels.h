@@ -8,9 +8,17 @@ namespace pyrl {
 
 enum class DType { kF32, kBF16, kF16 };
 
+// n rows of a matrix whose columns are adjacent: row i begins at element row(i) * stride, where
+// row(i) is index[i], or i itself without an index. 64-bit: a product may pass 2^31.
+struct RowIndex {
+  int64_t stride;
+  const int64_t* index;  // [n] or null
+};
+
 // x = softcap(z * logit_scale) * inv_temperature[row], computed in fp32; softcap 0: none.
 struct LogitsRows {
-  void* z;  // [n, V], contiguous; only the gradient kernels write it
+  const void* z;
+  RowIndex at;
   DType dtype;
   int64_t vocab;                 // V
   const int64_t* target;         // [n]; callers on the CPU have checked 0 <= target < V
@@ -25,9 +33,22 @@ struct LogitsStats {
 };
 
 // dx_v = c (1[v=target] - p_v) - h p_v (log p_v + H) + g p_v, each coefficient [n]; g may be null.
-// z := dx times dx/dz. A row whose coefficients are all 0 becomes exact zeros.
+// dz := dx times dx/dz, in the dtype of z, over z itself or elsewhere. A row whose coefficients are
+// all 0 becomes exact zeros and is not read.
 struct LogitsGrad {
+  void* dz;
+  RowIndex at;
   const float *lse, *entropy, *c, *h, *g;
+};
+
+// Where softmax runs over a few tokens only: those of row i are ids[spans[2 i] .. spans[2 i + 1]),
+// without repetition, and dz is 0 elsewhere. Spans of different rows do not overlap; that of a row
+// without coefficients is not read.
+struct SupportRows {
+  const int64_t* spans;  // [n, 2]; null: the whole vocabulary
+  const void* ids;       // [entries] int64 or int32
+  bool wide;             // int64
+  int64_t entries;
 };
 
 // objective.h over a batch; entropy, old, ref, rollout may be null. keep is torch's bool.
@@ -67,6 +88,13 @@ struct RowKernels {
 RowKernels portable_rows();
 RowKernels avx2_rows();
 RowKernels avx512_rows();
+const RowKernels& chosen_rows();  // of this machine
+
+// The same for rows with a support, threads included.
+void support_stats(const LogitsRows& rows, const SupportRows& support, const LogitsStats& out,
+                   int64_t n);
+void support_grad(const LogitsRows& rows, const SupportRows& support, const LogitsGrad& in,
+                  int64_t n);
 
 }  // namespace cpu
 
@@ -81,6 +109,11 @@ int policy_objective(const ObjectiveBatch& batch, const double* params, double* 
 int group_advantage(const GroupAdvantage& batch, void* stream);
 int logits_stats(const LogitsRows& rows, const LogitsStats& stats, int64_t n, void* stream);
 int logits_grad(const LogitsRows& rows, const LogitsGrad& grad, int64_t n, void* stream);
+int support_stats(const LogitsRows& rows, const SupportRows& support, const LogitsStats& stats,
+                  int64_t n, void* stream);
+// `scratch` has support.entries floats.
+int support_grad(const LogitsRows& rows, const SupportRows& support, const LogitsGrad& grad,
+                 float* scratch, int64_t n, void* stream);
 const char* error_string(int error);
 
 }  // namespace cuda

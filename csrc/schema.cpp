@@ -5,10 +5,12 @@
 STABLE_TORCH_LIBRARY(pyrl_native, m) {
   m.def(
       "logits_stats(Tensor z, Tensor target, Tensor inv_temperature, float logit_scale, "
-      "float softcap) -> (Tensor, Tensor, Tensor)");
+      "float softcap, Tensor? spans=None, Tensor? ids=None, Tensor? rows=None) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "logits_grad_(Tensor(a!) z, Tensor target, Tensor inv_temperature, float logit_scale, "
-      "float softcap, Tensor lse, Tensor entropy, Tensor c, Tensor h, Tensor? g) -> ()");
+      "float softcap, Tensor lse, Tensor entropy, Tensor c, Tensor h, Tensor? g, "
+      "Tensor? spans=None, Tensor? ids=None, Tensor? rows=None, Tensor? source=None) -> ()");
   m.def(
       "objective_terms(Tensor logprob, Tensor? entropy, Tensor? old, Tensor? ref, "
       "Tensor? rollout, Tensor advantage, Tensor weight, Tensor keep, Tensor? bounds, "

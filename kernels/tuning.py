@@ -47,6 +47,10 @@ def grad_tile(vocabulary: int, itemsize: int) -> Tile:
     return Tile(block=4096 if itemsize == 2 else 2048, warps=4)
 
 
+#: Entries of a support at a time, and elements of its row zeroed at a time.
+SUPPORT = Tile(block=512, warps=4)
+SUPPORT_ZEROS = 4096
+
 #: Tokens a program of the objective; rows of partial sums its last program adds at a time.
 OBJECTIVE = Tile(block=512, warps=8)
 #: One token a thread: the metrics' running sums are per lane, and live in registers.

@@ -3,16 +3,25 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrl.losses import PRESETS, LossSpec, PolicyLoss, linear_policy_loss, reduce_metrics
+    from pyrl.losses import (
+        PRESETS,
+        LossSpec,
+        PolicyLoss,
+        linear_policy_loss,
+        logits_policy_loss,
+        reduce_metrics,
+    )
     from pyrl.losses.parallel import vocab_parallel_policy_loss
     from pyrl.models import Policy, load_policy
     from pyrl.ops.backend import BackendUnavailableError, backends
     from pyrl.ops.group_advantage import Advantages, group_advantage
     from pyrl.ops.linear_logprob import LogProb, linear_logprob
+    from pyrl.ops.logits_logprob import logits_logprob
     from pyrl.ops.lora import LinearHead, LoRA, linear_head
     from pyrl.ops.parallel import vocab_parallel_logprob
     from pyrl.ops.policy_objective import policy_objective
     from pyrl.ops.sharded import full_weight
+    from pyrl.ops.support import Support
     from pyrl.packing import PackedBatch, Sample, pack
 
 __version__ = "0.1.0"
@@ -31,6 +40,7 @@ _HOME = {
     "Policy": "pyrl.models",
     "PolicyLoss": "pyrl.losses",
     "Sample": "pyrl.packing",
+    "Support": "pyrl.ops.support",
     "backends": "pyrl.ops.backend",
     "full_weight": "pyrl.ops.sharded",
     "group_advantage": "pyrl.ops.group_advantage",
@@ -38,6 +48,8 @@ _HOME = {
     "linear_logprob": "pyrl.ops.linear_logprob",
     "linear_policy_loss": "pyrl.losses",
     "load_policy": "pyrl.models",
+    "logits_logprob": "pyrl.ops.logits_logprob",
+    "logits_policy_loss": "pyrl.losses",
     "pack": "pyrl.packing",
     "policy_objective": "pyrl.ops.policy_objective",
     "reduce_metrics": "pyrl.losses",
@@ -57,6 +69,7 @@ __all__ = [
     "Policy",
     "PolicyLoss",
     "Sample",
+    "Support",
     "backends",
     "full_weight",
     "group_advantage",
@@ -64,6 +77,8 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "load_policy",
+    "logits_logprob",
+    "logits_policy_loss",
     "pack",
     "policy_objective",
     "reduce_metrics",

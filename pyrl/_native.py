@@ -68,9 +68,16 @@ if _CPU_REASON is None:
 
     @torch.library.register_fake("pyrl_native::logits_stats")
     def _(
-        z: Tensor, target: Tensor, inv_temperature: Tensor, logit_scale: float, softcap: float
+        z: Tensor,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        spans: Tensor | None = None,
+        ids: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n = z.shape[0]
+        n = target.shape[0]
         return (
             z.new_empty(n, dtype=torch.float32),
             z.new_empty(n, dtype=torch.float32),
@@ -89,6 +96,10 @@ if _CPU_REASON is None:
         c: Tensor,
         h: Tensor,
         g: Tensor | None,
+        spans: Tensor | None = None,
+        ids: Tensor | None = None,
+        rows: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> None:
         return None
 

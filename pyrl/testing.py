@@ -1,4 +1,5 @@
-"""Tiny random models for tests: a working Hugging Face folder in milliseconds, no download."""
+"""Tiny random models for tests, a working Hugging Face folder in milliseconds, no download; and
+random sampling supports."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pyrl import Support
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -109,3 +112,32 @@ def tiny_model_folder(
     model.save_pretrained(folder)
     tiny_tokenizer(vocab_size).save_pretrained(folder)
     return str(folder)
+
+
+def random_support(
+    target: torch.Tensor,
+    vocabulary: int,
+    keep: torch.Tensor,
+    *,
+    largest: int = 40,
+    seed: int = 0,
+    dtype: torch.dtype = torch.int32,
+) -> Support:
+    """A support of 1 to `largest` tokens in any order around each kept target.
+
+    Unkept tokens get what a reader would trip over: ids outside [0, vocabulary), repetitions, none.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    tokens, kept = target.reshape(-1).tolist(), keep.reshape(-1).tolist()
+    rows = []
+    for i, token in enumerate(tokens):
+        if not kept[i]:
+            rows.append(torch.tensor([-7, vocabulary, vocabulary] if i % 2 else [], dtype=dtype))
+            continue
+        size = int(torch.randint(1, min(largest, vocabulary) + 1, (), generator=draw))
+        others = torch.randperm(vocabulary, generator=draw)[:size]
+        ids = torch.cat([others[others != token][: size - 1], torch.tensor([token])])
+        rows.append(ids[torch.randperm(len(ids), generator=draw)])
+    lengths = torch.tensor([0, *map(len, rows)])
+    ids = torch.cat([torch.empty(0, dtype=dtype), *rows]).to(dtype)
+    return Support(lengths.cumsum(0), ids).to(target.device)

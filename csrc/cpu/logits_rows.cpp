@@ -35,13 +35,12 @@ RowKernels choose() {
   return portable_rows();
 }
 
-const RowKernels& kernels() {
-  static const RowKernels chosen = choose();
-  return chosen;
-}
-
-void check_targets(const LogitsRows& rows, int64_t n) {
+// `count` rows of the matrix may be named by the index.
+void check_rows(const LogitsRows& rows, int64_t n, int64_t count) {
   for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = rows.at.index ? rows.at.index[i] : i;
+    PYRL_CHECK(row >= 0 && row < count, "rows[", i, "]=", row, ": expected a row in [0, ", count,
+               ")");
     PYRL_CHECK(rows.target[i] >= 0 && rows.target[i] < rows.vocab, "target[", i,
                "]=", rows.target[i], ": expected a token id in [0, ", rows.vocab, ")");
   }
@@ -49,19 +48,29 @@ void check_targets(const LogitsRows& rows, int64_t n) {
 
 }  // namespace
 
+const RowKernels& chosen_rows() {
+  static const RowKernels chosen = choose();
+  return chosen;
+}
+
 std::tuple<Tensor, Tensor, Tensor> logits_stats(const Tensor& z, const Tensor& target,
                                                 const Tensor& inv_temperature, double logit_scale,
-                                                double softcap) {
-  const LogitsRows rows = logits_rows(z, target, inv_temperature, logit_scale, softcap);
-  const int64_t n = z.size(0);
-  check_targets(rows, n);
+                                                double softcap, const std::optional<Tensor>& spans,
+                                                const std::optional<Tensor>& ids,
+                                                const std::optional<Tensor>& row_ids) {
+  const LogitsRows rows = logits_rows(z, target, inv_temperature, logit_scale, softcap, row_ids);
+  const int64_t n = target.numel();
+  const SupportRows support = support_rows(spans, ids, n, z);
+  check_rows(rows, n, z.size(0));
   Tensor logprob = output(z, {n}, ScalarType::Float), entropy = output(z, {n}, ScalarType::Float),
          lse = output(z, {n}, ScalarType::Float);
   const LogitsStats stats{static_cast<float*>(logprob.data_ptr()),
                           static_cast<float*>(entropy.data_ptr()),
                           static_cast<float*>(lse.data_ptr())};
-  if (n > 0) {
-    const RowKernels& k = kernels();
+  if (support.spans) {
+    support_stats(rows, support, stats, n);
+  } else if (n > 0) {
+    const RowKernels& k = chosen_rows();
     const int64_t grain = std::max<int64_t>(1, kGrain / rows.vocab);
     torch::stable::parallel_for(
         0, n, grain, [&](int64_t begin, int64_t end) { k.stats(rows, stats, begin, end); });
@@ -71,13 +80,18 @@ std::tuple<Tensor, Tensor, Tensor> logits_stats(const Tensor& z, const Tensor& t
 
 void logits_grad_(const Tensor& z, const Tensor& target, const Tensor& inv_temperature,
                   double logit_scale, double softcap, const Tensor& lse, const Tensor& entropy,
-                  const Tensor& c, const Tensor& h, const std::optional<Tensor>& g) {
-  const LogitsRows rows = logits_rows(z, target, inv_temperature, logit_scale, softcap);
-  const LogitsGrad grad = logits_grad(z, lse, entropy, c, h, g);
-  const int64_t n = z.size(0);
-  check_targets(rows, n);
+                  const Tensor& c, const Tensor& h, const std::optional<Tensor>& g,
+                  const std::optional<Tensor>& spans, const std::optional<Tensor>& ids,
+                  const std::optional<Tensor>& row_ids, const std::optional<Tensor>& source) {
+  const Tensor& raw = source ? *source : z;
+  const LogitsRows rows = logits_rows(raw, target, inv_temperature, logit_scale, softcap, row_ids);
+  const LogitsGrad grad = logits_grad(z, lse, entropy, c, h, g, row_ids, source);
+  const int64_t n = target.numel();
+  const SupportRows support = support_rows(spans, ids, n, z);
+  check_rows(rows, n, raw.size(0));
+  if (support.spans) return support_grad(rows, support, grad, n);
   if (n == 0) return;
-  const RowKernels& k = kernels();
+  const RowKernels& k = chosen_rows();
   const int64_t grain = std::max<int64_t>(1, kGrain / rows.vocab);
   torch::stable::parallel_for(
       0, n, grain, [&](int64_t begin, int64_t end) { k.grad(rows, grad, begin, end); });

@@ -16,6 +16,11 @@ constexpr int kUnroll = 4;  // independent sums hide the latency of the multiply
 constexpr int kBlock = 1024;  // floats of a row kept in L1 between the maximum and the sums
 static_assert(kBlock % (kUnroll * kWidth) == 0, "blocks hold whole unrolled steps");
 
+// The first element of row i.
+inline int64_t offset(const pyrl::RowIndex& at, int64_t i) {
+  return (at.index ? at.index[i] : i) * at.stride;
+}
+
 // What turns raw logits of one row into softmax inputs.
 template <bool kCapped>
 struct Transform {
@@ -47,7 +52,7 @@ template <DType D, bool kCapped>
 void row_stats(const LogitsRows& rows, const LogitsStats& out, int64_t row) {
   using E = Element<D>;
   const Transform<kCapped> transform(rows, row);
-  const auto* z = static_cast<const typename E::type*>(rows.z) + row * rows.vocab;
+  const auto* z = static_cast<const typename E::type*>(rows.z) + offset(rows.at, row);
   constexpr float kInf = __builtin_inff();
   alignas(64) float x[kBlock];
   float m = -kInf;
@@ -119,14 +124,15 @@ inline float target_gradient(float x, float lse, float entropy, float c, float h
   return static_cast<float>(-c * std::expm1(q) - bonus + g * p);
 }
 
-// One pass, in place.
+// One pass; dz may lie over z.
 template <DType D, bool kCapped>
 void row_grad(const LogitsRows& rows, const LogitsGrad& in, int64_t row) {
   using E = Element<D>;
-  auto* z = static_cast<typename E::type*>(rows.z) + row * rows.vocab;
+  const auto* z = static_cast<const typename E::type*>(rows.z) + offset(rows.at, row);
+  auto* dz = static_cast<typename E::type*>(in.dz) + offset(in.at, row);
   const float c = in.c[row], h = in.h[row], g = in.g ? in.g[row] : 0.0f;
   if (c == 0 && h == 0 && g == 0) {
-    std::memset(z, 0, rows.vocab * sizeof *z);
+    std::memset(dz, 0, rows.vocab * sizeof *dz);
     return;
   }
   const Transform<kCapped> transform(rows, row);
@@ -137,12 +143,12 @@ void row_grad(const LogitsRows& rows, const LogitsGrad& in, int64_t row) {
   const Float target_dz = splat(quiet_nan(target_dx * at_target.slope[0]));
 
   if (lse == -__builtin_inff()) {  // every logit is -inf: all p are 0
-    std::memset(z, 0, rows.vocab * sizeof *z);
+    std::memset(dz, 0, rows.vocab * sizeof *dz);
   } else {
     // dx = p (base - h log p)
     const float base = quiet_nan(g - c - (h != 0 ? h * entropy : 0.0f)), slant = quiet_nan(h);
     const float shift = quiet_nan(lse);
-    const auto dz = [&](Float raw) __attribute__((always_inline)) {
+    const auto dz_of = [&](Float raw) __attribute__((always_inline)) {
       const auto v = transform.apply(transform, raw);
       const Exp p = exp_or_zero(v.x - shift);
       return p.value * (base - slant * p.argument) * v.slope;
@@ -151,15 +157,17 @@ void row_grad(const LogitsRows& rows, const LogitsGrad& in, int64_t row) {
     for (; i + kUnroll * kWidth <= rows.vocab; i += kUnroll * kWidth) {
       Float v[kUnroll];
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u) v[u] = dz(E::load(z + i + u * kWidth));
+      for (int u = 0; u < kUnroll; ++u) v[u] = dz_of(E::load(z + i + u * kWidth));
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u) E::store(z + i + u * kWidth, v[u]);
+      for (int u = 0; u < kUnroll; ++u) E::store(dz + i + u * kWidth, v[u]);
     }
-    for (; i + kWidth <= rows.vocab; i += kWidth) E::store(z + i, dz(E::load(z + i)));
+    for (; i + kWidth <= rows.vocab; i += kWidth) {
+      E::store(dz + i, dz_of(E::load(z + i)));
+    }
     const int rest = static_cast<int>(rows.vocab - i);
-    if (rest > 0) store_first<D>(z + i, dz(load_first<D>(z + i, rest)), rest);
+    if (rest > 0) store_first<D>(dz + i, dz_of(load_first<D>(z + i, rest)), rest);
   }
-  store_first<D>(z + target, target_dz, 1);
+  store_first<D>(dz + target, target_dz, 1);
 }
 
 template <DType D>

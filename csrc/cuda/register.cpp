@@ -28,28 +28,45 @@ void check_launch(int error, const char* op) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> logits_stats_op(const Tensor& z, const Tensor& target,
-                                                   const Tensor& inv_temperature,
-                                                   double logit_scale, double softcap) {
+std::tuple<Tensor, Tensor, Tensor> logits_stats_op(
+    const Tensor& z, const Tensor& target, const Tensor& inv_temperature, double logit_scale,
+    double softcap, const std::optional<Tensor>& spans, const std::optional<Tensor>& ids,
+    const std::optional<Tensor>& row_ids) {
   const OnDevice device(z);
-  const LogitsRows rows = logits_rows(z, target, inv_temperature, logit_scale, softcap);
-  const int64_t n = z.size(0);
+  const LogitsRows rows = logits_rows(z, target, inv_temperature, logit_scale, softcap, row_ids);
+  const int64_t n = target.numel();
+  const SupportRows support = support_rows(spans, ids, n, z);
   Tensor logprob = output(z, {n}, ScalarType::Float), entropy = output(z, {n}, ScalarType::Float),
          lse = output(z, {n}, ScalarType::Float);
   const LogitsStats stats{static_cast<float*>(logprob.data_ptr()),
                           static_cast<float*>(entropy.data_ptr()),
                           static_cast<float*>(lse.data_ptr())};
-  check_launch(logits_stats(rows, stats, n, device.stream()), "logits_stats");
+  check_launch(spans ? support_stats(rows, support, stats, n, device.stream())
+                     : logits_stats(rows, stats, n, device.stream()),
+               "logits_stats");
   return {logprob, entropy, lse};
 }
 
 void logits_grad_op(const Tensor& z, const Tensor& target, const Tensor& inv_temperature,
                     double logit_scale, double softcap, const Tensor& lse, const Tensor& entropy,
-                    const Tensor& c, const Tensor& h, const std::optional<Tensor>& g) {
+                    const Tensor& c, const Tensor& h, const std::optional<Tensor>& g,
+                    const std::optional<Tensor>& spans, const std::optional<Tensor>& ids,
+                    const std::optional<Tensor>& row_ids, const std::optional<Tensor>& source) {
   const OnDevice device(z);
-  const LogitsRows rows = logits_rows(z, target, inv_temperature, logit_scale, softcap);
-  const LogitsGrad grad = pyrl::logits_grad(z, lse, entropy, c, h, g);
-  check_launch(logits_grad(rows, grad, z.size(0), device.stream()), "logits_grad_");
+  const LogitsRows rows = logits_rows(source ? *source : z, target, inv_temperature, logit_scale,
+                                      softcap, row_ids);
+  const LogitsGrad grad = pyrl::logits_grad(z, lse, entropy, c, h, g, row_ids, source);
+  const int64_t n = target.numel();
+  const SupportRows support = support_rows(spans, ids, n, z);
+  if (!spans) {
+    check_launch(logits_grad(rows, grad, n, device.stream()), "logits_grad_");
+    return;
+  }
+  // Freed to the stream's allocator on return: later work on the stream comes after the kernel.
+  const Tensor scratch = output(z, {support.entries}, ScalarType::Float);
+  check_launch(support_grad(rows, support, grad, static_cast<float*>(scratch.data_ptr()), n,
+                            device.stream()),
+               "logits_grad_");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> objective_terms_op(

@@ -30,6 +30,7 @@ from pyrl.ops.policy_objective import (
 )
 from pyrl.ops.shapes import layout
 from pyrl.ops.spec import METRICS, LossSpec
+from pyrl.ops.support import Support, SupportRows, check_support, support_fields
 
 
 def linear_policy_loss(
@@ -53,7 +54,7 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
-    support: object | None = None,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """policy_objective(linear_logprob(hidden, weight, target), advantages, spec), fused.
@@ -69,15 +70,11 @@ def linear_policy_loss(
     and `linear_logprob`; softcap, logit_scale and temperature come from `spec`, `temperature`
     (scalar, or shaped like target) overrides the last. Instead of `ref_logprob`, the reference's
     `ref_hidden` may be given, with `ref_weight` and `ref_bias` where its head is not `weight` and
-    `bias`; the reference has no `lora`. Returns loss, metrics, and the detached logprob and
-    entropy shaped like target.
+    `bias`; the reference has no `lora`, and with a `support` its softmax runs over that too.
+    Returns loss, metrics, and the detached logprob and entropy shaped like target.
 
     ValueError and NotImplementedError as in the two functions it composes.
     """
-    if support is not None:
-        raise NotImplementedError(
-            "linear_policy_loss: support is not implemented by any backend yet"
-        )
     if not isinstance(spec, LossSpec):
         raise ValueError(f"spec: expected a LossSpec, got {type(spec).__name__}")
     where = layout(target, mask, cu_seqlens)
@@ -90,6 +87,7 @@ def linear_policy_loss(
         "softcap": spec.softcap,
         "logit_scale": spec.logit_scale,
         "mask": mask,
+        "support": support,
         "backend": name,
     }
     if ref_hidden is not None:
@@ -128,6 +126,7 @@ def linear_policy_loss(
         *leaves,
         token_ids(target),
         inv_temperature(temperature, target),
+        *support_fields(support, target),
         *fields,
         spec.to_json(),
         1.0 if lora is None else float(lora.scale),
@@ -152,6 +151,8 @@ def _linear_policy_loss(
     lora_b: Tensor | None,
     target: Tensor,
     inv_temperature: Tensor,
+    indptr: Tensor | None,
+    ids: Tensor | None,
     old: Tensor | None,
     ref: Tensor | None,
     rollout: Tensor | None,
@@ -170,6 +171,7 @@ def _linear_policy_loss(
     `needs` as in `HeadGradients`.
     """
     check_targets(target, keep, vocab)
+    check_support(indptr, ids, target, keep, vocab)
     loss_spec, kernels = LossSpec.from_json(spec), load(backend)
     params, scale, cap = loss_spec.params(), loss_spec.logit_scale, loss_spec.softcap or 0.0
     x, index = kept_rows(hidden, keep)
@@ -178,6 +180,7 @@ def _linear_policy_loss(
     grads = HeadGradients(*leaves, Needs(*needs), chunks=-(-len(x) // step))
     head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
     y, inv = target[index], inv_temperature[index]
+    support = SupportRows(indptr, ids, index)
     fields = Fields(old, ref, rollout, advantage, token_weight, keep, bounds)
     fields_x = fields.rows(index)
     scale_up = gradient_scale(token_weight, x.dtype)
@@ -187,12 +190,15 @@ def _linear_policy_loss(
         rows = slice(i, i + step)
         where = rows if isinstance(index, slice) else index[rows]
         z = head.logits(x[rows])
-        stats = kernels.logits_stats(z, y[rows], inv[rows], scale, cap)
+        of_rows = support(rows)
+        stats = kernels.logits_stats(z, y[rows], inv[rows], scale, cap, **of_rows)
         logprob[where], entropy[where] = stats[0], stats[1]
         if any(grads.needs):
             part = fields_x.rows(rows)
             _, c, h, _ = kernels.objective_terms(stats[0], stats[1], *part, params)
-            kernels.logits_grad_(z, y[rows], inv[rows], scale, cap, stats[2], stats[1], c, h, None)
+            kernels.logits_grad_(
+                z, y[rows], inv[rows], scale, cap, stats[2], stats[1], c, h, None, **of_rows
+            )
             grads.add(z, x[rows], head, where)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
     loss, _, _, metrics = kernels.objective_terms(logprob, entropy, *fields, params)
@@ -246,7 +252,7 @@ def _backward(ctx, g, *_):
         ctx.gradients = None
     used = ctx.needs_input_grad[:5]
     gradients = (v if wanted else None for v, wanted in zip(scaled, used, strict=True))
-    return *gradients, *([None] * 14)
+    return *gradients, *([None] * 16)
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup)

@@ -12,6 +12,7 @@ from pyrl.ops.lora import LoRA
 from pyrl.ops.parallel import vocab_parallel_logprob
 from pyrl.ops.policy_objective import PolicyLoss, policy_objective
 from pyrl.ops.spec import LossSpec
+from pyrl.ops.support import Support
 
 
 def vocab_parallel_policy_loss(
@@ -37,6 +38,7 @@ def vocab_parallel_policy_loss(
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    support: Support | None = None,
     partial_hidden: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -61,6 +63,7 @@ def vocab_parallel_policy_loss(
         "softcap": spec.softcap,
         "logit_scale": spec.logit_scale,
         "mask": mask,
+        "support": support,
         "backend": backend,
     }
     if ref_hidden is not None:

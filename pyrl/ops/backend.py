@@ -32,14 +32,27 @@ class BackendUnavailableError(RuntimeError):
 
 
 class Backend(Protocol):
-    """What a backend file supplies. `n` rows of a chunk of raw logits `z[n, V]`; fp32 vectors."""
+    """What a backend file supplies. `n` rows of a chunk of raw logits `z[n, V]`; fp32 vectors.
+
+    `spans` int64 [n, 2] with `ids` int64 or int32: the softmax of row i runs over the tokens
+    ids[spans[i, 0]:spans[i, 1]] only (none twice, the target among them), and dz is 0 elsewhere.
+    `rows` int64 [n]: row i of the vectors is row rows[i] of z [N, V], whose columns are adjacent.
+    """
 
     def unavailable_reason(self) -> str | None:
         """None if usable here, else why not."""
         ...
 
     def logits_stats(
-        self, z: Tensor, target: Tensor, inv_temperature: Tensor, logit_scale: float, softcap: float
+        self,
+        z: Tensor,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        spans: Tensor | None = None,
+        ids: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logprob, entropy, lse [n] of softmax(x), x = softcap(z * scale) * inv_temperature."""
         ...
@@ -56,8 +69,16 @@ class Backend(Protocol):
         c: Tensor,
         h: Tensor,
         g: Tensor | None,
+        spans: Tensor | None = None,
+        ids: Tensor | None = None,
+        rows: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> None:
-        """z <- dL/dz for dL/dlogprob = c, dL/dentropy = h, dL/dlse = g; in place, in z's dtype."""
+        """z <- dL/dz for dL/dlogprob = c, dL/dentropy = h, dL/dlse = g, in z's dtype.
+
+        In place; with a `source` [N, V] the raw logits are its rows `rows`, and z [n, V] is only
+        written. A row whose c, h and g are 0 becomes 0 and neither it nor its span is read.
+        """
         ...
 
     def objective_terms(

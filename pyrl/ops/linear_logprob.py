@@ -17,6 +17,7 @@ from pyrl.ops.head import Head, HeadGradients, Needs, fake_gradients
 from pyrl.ops.lora import LoRA
 from pyrl.ops.shapes import check_shape, layout, on_cpu
 from pyrl.ops.sharded import check_whole
+from pyrl.ops.support import Support, SupportRows, check_support, support_fields
 
 #: Bytes of one chunk of logits. CPU: what stays near the last-level cache while the GEMMs over it
 #: are still long enough to run at full rate. GPU: what keeps the GEMMs saturated.
@@ -46,7 +47,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
-    support: object | None = None,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> LogProb:
     """log_softmax(softcap((hidden @ weight.T + bias) * logit_scale) / temperature)[target], with
@@ -56,16 +57,16 @@ def linear_logprob(
     [0, V), aligned: hidden[t] predicts target[t] · bias [V] · lora: the head is weight + scale * b
     @ a, never formed · vocab_size: rows of weight, bias and b from there on are padding, neither
     read nor given a gradient, and V = vocab_size · temperature scalar, [T] or [B, L] · mask like
-    target, true = computed. Natural logarithms. Differentiable in hidden, weight, bias, lora.a and
-    lora.b through all three outputs; gradients have their input's dtype and are accumulated in
-    fp32; one that is not needed (a frozen weight) costs no GEMM.
+    target, true = computed · support: the softmax of each token, and so its entropy and logsumexp,
+    runs over its sampling support only, and no gradient enters another logit. Natural logarithms.
+    Differentiable in hidden, weight, bias, lora.a and lora.b through all three outputs; gradients
+    have their input's dtype and are accumulated in fp32; one that is not needed (a frozen weight)
+    costs no GEMM.
 
-    ValueError for a wrong shape, dtype or device, for a kept target outside [0, V), named with its
-    position, and for a sharded weight, with what to do. NotImplementedError for
-    `support` (sampling-support replay is not built yet).
+    ValueError for a wrong shape, dtype or device, for a malformed support, for a kept target
+    outside [0, V) or its support, named with its position, and for a sharded weight, with what to
+    do.
     """
-    if support is not None:
-        raise NotImplementedError("linear_logprob: support is not implemented by any backend yet")
     where = layout(target, mask, None)
     vocab = check_head(hidden, weight, target, bias, lora, vocab_size)
     x = hidden.reshape(-1, hidden.shape[-1])
@@ -74,19 +75,19 @@ def linear_logprob(
         raise ValueError(f"softcap={softcap!r}: expected None or a finite number > 0")
     inv, cap = inv_temperature(temperature, target), softcap or 0.0
     a, b, scale = lora_parts(lora)
+    indptr, ids = support_fields(support, target)
     name = select(backend, hidden.device)
     if name == "reference":
         check_targets(y, where.keep, vocab)
+        check_support(indptr, ids, y, where.keep, vocab)
         weight = weight if lora is None else lora.merged(weight)
         bias = None if bias is None else bias[:vocab]
         out = reference.linear_logprob(
-            x, weight[:vocab], y, bias, inv, cap, logit_scale, where.keep
+            x, weight[:vocab], y, bias, inv, cap, logit_scale, where.keep, indptr, ids
         )
     else:
-        keep = where.keep
-        out = _linear_logprob(
-            x, weight, y, bias, a, b, inv, keep, scale, cap, logit_scale, vocab, name
-        )
+        rows = (inv, where.keep, indptr, ids)
+        out = _linear_logprob(x, weight, y, bias, a, b, *rows, scale, cap, logit_scale, vocab, name)
     return LogProb(*(v.float().reshape(target.shape) for v in out))
 
 
@@ -188,6 +189,8 @@ def _linear_logprob(
     lora_b: Tensor | None,
     inv_temperature: Tensor,
     keep: Tensor,
+    indptr: Tensor | None,
+    ids: Tensor | None,
     lora_scale: float,
     softcap: float,
     logit_scale: float,
@@ -195,17 +198,19 @@ def _linear_logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_targets(target, keep, vocab)
+    check_support(indptr, ids, target, keep, vocab)
     kernels = load(backend)
     outputs = [torch.zeros(target.shape, device=hidden.device) for _ in range(3)]
     x, index = kept_rows(hidden, keep)
     y, inv = target[index], inv_temperature[index]
+    support = SupportRows(indptr, ids, index)
     head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
     packed = [torch.empty(y.shape, device=x.device) for _ in range(3)]
     step = chunk_rows(x, vocab)
     for i in range(0, len(y), step):
         rows = slice(i, i + step)
         z = head.logits(x[rows])
-        stats = kernels.logits_stats(z, y[rows], inv[rows], logit_scale, softcap)
+        stats = kernels.logits_stats(z, y[rows], inv[rows], logit_scale, softcap, **support(rows))
         for full, part in zip(packed, stats, strict=True):
             full[rows] = part
     for full, part in zip(outputs, packed, strict=True):
@@ -228,6 +233,8 @@ def _linear_logprob_backward(
     lora_b: Tensor | None,
     inv_temperature: Tensor,
     keep: Tensor,
+    indptr: Tensor | None,
+    ids: Tensor | None,
     entropy: Tensor,
     lse: Tensor,
     c: Tensor,
@@ -251,13 +258,16 @@ def _linear_logprob_backward(
     step = chunk_rows(x, vocab)
     leaves = (hidden, weight, bias, lora_a, lora_b)
     grads = HeadGradients(*leaves, Needs(*needs), chunks=-(-len(x) // step), partial=partial)
+    support = SupportRows(indptr, ids, index)
     rows_of = [v[index] for v in (target, inv_temperature, lse, entropy, c, h, g)]
     head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
     for i in range(0, len(x), step):
         rows = slice(i, i + step)
         y, inv, lse_i, entropy_i, c_i, h_i, g_i = (v[rows].contiguous() for v in rows_of)
         z = head.logits(x[rows])
-        kernels.logits_grad_(z, y, inv, logit_scale, softcap, lse_i, entropy_i, c_i, h_i, g_i)
+        kernels.logits_grad_(
+            z, y, inv, logit_scale, softcap, lse_i, entropy_i, c_i, h_i, g_i, **support(rows)
+        )
         grads.add(z, x[rows], head, rows if isinstance(index, slice) else index[rows])
     return grads.result(lora_scale)
 
@@ -269,8 +279,8 @@ def _(hidden, weight, target, bias, lora_a, lora_b, *rest):
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:8], *output[1:])
-    ctx.rest = inputs[8:]
+    ctx.save_for_backward(*inputs[:10], *output[1:])
+    ctx.rest = inputs[10:]
 
 
 def _backward(ctx, c, h, g):
@@ -281,7 +291,7 @@ def _backward(ctx, c, h, g):
     c, h, g = (torch.zeros_like(lse) if v is None else v.contiguous() for v in (c, h, g))
     grads = _linear_logprob_backward(*ctx.saved_tensors, c, h, g, *ctx.rest, needs, False)
     dx, dw, db, da, dlb = (v if wanted else None for v, wanted in zip(grads, needs, strict=True))
-    return dx, dw, None, db, da, dlb, *([None] * 7)
+    return dx, dw, None, db, da, dlb, *([None] * 9)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup)

@@ -20,6 +20,7 @@ from pyrl.ops.linear_logprob import (
 )
 from pyrl.ops.lora import LoRA
 from pyrl.ops.shapes import layout
+from pyrl.ops.support import Support, check_support, support_fields
 
 
 def vocab_parallel_logprob(
@@ -36,6 +37,7 @@ def vocab_parallel_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
+    support: Support | None = None,
     partial_hidden: bool = False,
     backend: str | None = None,
 ) -> LogProb:
@@ -44,16 +46,18 @@ def vocab_parallel_logprob(
     This rank holds rows [vocab_start, vocab_start + len(weight)) of the head: weight [V_r, D], bias
     [V_r], lora.b [V_r, r] (a DTensor's `to_local()`). The shards cover the vocabulary once, in any
     order and of any size, 0 included; rows from `vocab_size` (of the whole head) on are padding.
-    hidden, lora.a, target (ids of the whole vocabulary), mask and temperature are the same on every
-    rank of `group` (default: the world).
+    hidden, lora.a, target and support (ids of the whole vocabulary), mask and temperature are the
+    same on every rank of `group` (default: the world).
 
-    Forward: each rank's own log-sum-exp, entropy and target log-prob, one all-gather of [3, T].
+    Forward: each rank's own log-sum-exp, entropy, target log-prob and number of its support's ids,
+    one all-gather of [4, T].
     Backward: dweight, dbias and dlora.b stay on their rank; dhidden and dlora.a are summed over the
     ranks in fp32, one all-reduce each. With `partial_hidden` they are left as this rank's part, for
     a caller that reduce-scatters them (sequence parallelism).
 
-    ValueError as in `linear_logprob`, the same on every rank for a kept target that no shard or
-    more than one holds. NotImplementedError for backend="reference", which is one process.
+    ValueError as in `linear_logprob`, the same on every rank for a kept target or an id of its
+    support that no shard or more than one holds. NotImplementedError for backend="reference",
+    which is one process.
     """
     if vocab_start < 0:
         raise ValueError(f"vocab_start={vocab_start}: expected an index >= 0")
@@ -85,6 +89,7 @@ def vocab_parallel_logprob(
         token_ids(target),
         inv_temperature(temperature, target),
         where.keep,
+        *support_fields(support, target),
         shard,
     )
     return LogProb(*(v.reshape(target.shape) for v in out))
@@ -124,30 +129,70 @@ def combine(lse_r: Tensor, entropy_r: Tensor, logprob_r: Tensor) -> tuple[Tensor
     return logprob, entropy, lse
 
 
-class _VocabParallel(torch.autograd.Function):
-    """hidden [T, D], weight [V_r, D], bias, a, b, target [T], inv_temperature [T], keep [T]."""
+class _Part(NamedTuple):
+    """What of the target and its support lies in this rank's rows."""
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, weight, bias, a, b, target, inv, keep, shard = inputs
+    target: Tensor  # int64 [T], in this shard's ids; where `used`, a token that softmax runs over
+    owned: Tensor  # bool [T]: it is the target itself
+    used: Tensor  # bool [T]: kept, with a part of the support here
+    indptr: Tensor | None
+    ids: Tensor | None
+    sizes: Tensor  # fp32 [T]: ids of the token's support here; 0 without one
+
+    @classmethod
+    def of(
+        cls,
+        target: Tensor,
+        keep: Tensor,
+        indptr: Tensor | None,
+        ids: Tensor | None,
+        shard: _Shard,
+    ) -> _Part:
         local = target - shard.start
         owned = (local >= 0) & (local < shard.rows)
         local = torch.where(owned, local, 0)
+        if indptr is None or ids is None:
+            return cls(local, owned, keep, None, None, target.new_zeros(target.shape).float())
+        ids = ids - shard.start
+        inside = (ids >= 0) & (ids < shard.rows)
+        running = torch.nn.functional.pad(inside.cumsum(0), (1, 0))
+        indptr, ids = running[indptr], ids[inside]
+        sizes = indptr.diff().float()
+        used = keep & (sizes > 0)
+        first = torch.nn.functional.pad(ids, (0, 1))[indptr[:-1]].long()
+        return cls(torch.where(owned, local, first), owned, used, indptr, ids, sizes)
+
+
+class _VocabParallel(torch.autograd.Function):
+    """hidden [T, D], weight [V_r, D], bias, a, b, target, inv_temperature, keep [T], a support."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, weight, bias, a, b, target, inv, keep, indptr, ids, shard = inputs
+        # The whole support, on every rank alike: a rank that raised alone would leave the others
+        # waiting. That its ids lie in some shard is seen below.
+        check_support(indptr, ids, target, keep, 1 << 31)
+        part = _Part.of(target, keep, indptr, ids, shard)
+        rows = (inv, part.used, part.indptr, part.ids)
         if shard.rows:
             logprob, entropy, lse = _linear_logprob(
-                hidden, weight, local, bias, a, b, inv, keep, *shard.numbers
+                hidden, weight, part.target, bias, a, b, *rows, *shard.numbers
             )
         else:
             entropy = torch.zeros(target.shape, device=hidden.device)
             logprob = lse = torch.full_like(entropy, -torch.inf)
-        mine = torch.stack([lse, entropy, torch.where(owned, logprob, torch.inf)])
+        if part.indptr is not None:
+            lse = torch.where(part.used, lse, -torch.inf)
+        mine = torch.stack([lse, entropy, torch.where(part.owned, logprob, torch.inf), part.sizes])
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(shard.group))]
         dist.all_gather(parts, mine, group=shard.group)
         # [parts, T] each; in double and in rank order, so that every rank gets the same bits.
-        lse_r, entropy_r, logprob_r = torch.stack(parts).double().unbind(1)
+        lse_r, entropy_r, logprob_r, sizes = torch.stack(parts).double().unbind(1)
         _check_owners(target, keep, (logprob_r != torch.inf).sum(0))
+        if indptr is not None:
+            _check_sizes(keep, indptr.diff(), sizes.sum(0))
         out = [torch.where(keep, v, 0.0).float() for v in combine(lse_r, entropy_r, logprob_r)]
-        ctx.save_for_backward(hidden, weight, local, bias, a, b, inv, keep, *out[1:], owned)
+        ctx.save_for_backward(hidden, weight, part.target, bias, a, b, *rows, *out[1:], part.owned)
         ctx.shard = shard
         return out[0], out[1], out[2]
 
@@ -179,7 +224,17 @@ class _VocabParallel(torch.autograd.Function):
             v.to(leaf.dtype) if wanted else None
             for v, leaf, wanted in zip(grads, leaves, needs, strict=True)
         )
-        return *gradients, None, None, None, None
+        return *gradients, *([None] * 6)
+
+
+def _check_sizes(keep: Tensor, expected: Tensor, found: Tensor) -> None:
+    bad = (keep & (expected != found)).nonzero()
+    if bad.numel():
+        i = int(bad[0])
+        raise ValueError(
+            f"support of token {i}: its {int(expected[i])} ids were found {int(found[i])} times in "
+            "the group's shards: each must lie in one"
+        )
 
 
 def _check_owners(target: Tensor, keep: Tensor, owners: Tensor) -> None:

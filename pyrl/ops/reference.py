@@ -18,26 +18,55 @@ def linear_logprob(
     softcap: float,
     logit_scale: float,
     keep: Tensor,
+    indptr: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log_softmax(softcap(hidden @ weight.T + bias) / T).gather(target), entropy, logsumexp.
 
-    hidden [T, D], weight [V, D], target [T], keep [T] bool → three float64 [T], 0 where not kept.
+    hidden [T, D], weight [V, D], target [T], keep [T] bool, and a support (indptr [T + 1], ids
+    [nnz]) that softmax runs over → three float64 [T], 0 where not kept.
     """
     z = hidden.double() @ weight.double().T
     if bias is not None:
         z = z + bias.double()
-    z = z * logit_scale
+    return logits_logprob(z, target, inv_temperature, softcap, logit_scale, keep, indptr, ids)
+
+
+def logits_logprob(
+    logits: Tensor,
+    target: Tensor,
+    inv_temperature: Tensor,
+    softcap: float,
+    logit_scale: float,
+    keep: Tensor,
+    indptr: Tensor | None = None,
+    ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of logits [T, V] that are at hand."""
+    z = logits.double() * logit_scale
     if softcap > 0:
         z = softcap * torch.tanh(z / softcap)
     z = z * inv_temperature.double()[:, None]
     z = torch.where(keep[:, None], z, 0.0)  # nothing of an unkept row reaches a gradient
+    chosen = z.gather(1, torch.where(keep, target, 0)[:, None])[:, 0]
+    if indptr is not None and ids is not None:
+        z = restrict(z, indptr, ids, keep)
     lse = z.logsumexp(dim=1)
     logp = z - lse[:, None]
     p = logp.exp()
     entropy = -torch.where(p > 0, p * torch.where(p > 0, logp, 0.0), 0.0).sum(dim=1)
-    chosen = logp.gather(1, torch.where(keep, target, 0)[:, None])[:, 0]
-    outputs = [torch.where(keep, v, 0.0) for v in (chosen, entropy, lse)]
+    outputs = [torch.where(keep, v, 0.0) for v in (chosen - lse, entropy, lse)]
     return outputs[0], outputs[1], outputs[2]
+
+
+def restrict(z: Tensor, indptr: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
+    """z[t, S_t] of z [T, V] as [T, max |S|], the shorter rows filled up with -inf."""
+    sizes = torch.where(keep, indptr.diff(), 0)
+    k = torch.arange(max([1, *sizes.tolist()]), device=z.device)
+    inside = k < sizes[:, None]
+    position = torch.where(inside, indptr[:-1, None] + k, 0)
+    token = torch.where(inside, torch.nn.functional.pad(ids, (0, 1)).long()[position], 0)
+    return torch.where(inside, z.gather(1, token), torch.where(keep, -torch.inf, 0.0)[:, None])
 
 
 def group_advantage(

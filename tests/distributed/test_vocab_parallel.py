@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import pyrl
-from pyrl import LoRA, LossSpec
+from pyrl import LoRA, LossSpec, Support
 from pyrl.ops.parallel import combine
 from pyrl.parity import MARGIN, relative, serving
+from pyrl.testing import random_support
 
 # V: a prime that no number of ranks divides. T: every shard owns some targets and lacks others.
 T, D, V, R = 23, 8, 31, 3
@@ -83,6 +84,9 @@ def logprob(rank, bounds, dtype, backend, used, options, frozen=(), damage=None)
     start, stop = (0, V) if whole else bounds[rank : rank + 2]
     parts = shard(leaves, start, stop, used, frozen)
     function = pyrl.linear_logprob if whole else pyrl.vocab_parallel_logprob
+    if "support" in options:
+        csr = random_support(rest["target"], V - 2, rest["mask"], largest=options["support"])
+        options = {**options, "support": csr}
     if "temperature" in options:
         options = {**options, "temperature": rest["temperature"]}
     out = function(
@@ -173,6 +177,17 @@ def test_every_option_of_the_head(ranks, backend):
         assert not ours[key][V - 2 :].any()  # padding
 
 
+# 2: most tokens have no part of their support on most ranks.
+@pytest.mark.parametrize("backend", serving(torch.device("cpu")))
+@pytest.mark.parametrize("name", ["uneven", "four, two empty"])
+@pytest.mark.parametrize("largest", [2, 20])
+def test_support(ranks, backend, name, largest):
+    check(
+        ranks, SHARDS[name], torch.float32, backend, ("hidden", "weight", "bias", "a", "b"),
+        {"support": largest, "temperature": None, "vocab_size": V - 2},
+    )  # fmt: skip
+
+
 def test_padding_that_fills_a_shard(ranks):
     check(ranks, (0, V - 2, V), torch.float32, "torch", options={"vocab_size": V - 2})
 
@@ -229,6 +244,11 @@ def mistakes(rank):
     attempt(ValueError, 0, V)  # both ranks hold all rows
     attempt(ValueError, 16 * rank, V if rank else 16, vocab_start=-1)
     attempt(ValueError, 16 * rank, V if rank else 16, vocab_size=0)
+    bounds = torch.arange(T + 1)
+    halves = (16 * rank, V if rank else 16)
+    attempt(ValueError, *halves, support=Support(bounds, (target + 1) % V))
+    wide = torch.stack([target, torch.full_like(target, V)], dim=1).flatten()
+    attempt(ValueError, *halves, support=Support(2 * bounds, wide))
     attempt(NotImplementedError, 16 * rank, V if rank else 16, backend="reference")
     return said
 
@@ -236,12 +256,14 @@ def mistakes(rank):
 def test_mistakes_are_named_on_every_rank(ranks):
     first, second = ranks(2).run(mistakes)
     assert first == second
-    assert len(first) == 5
+    assert len(first) == 7
     assert first[0].startswith(f"target[4] = {V} lies in 0 of the group's shards")
     assert "lies in 2 of the group's shards" in first[1]
     assert first[2] == "vocab_start=-1: expected an index >= 0"
     assert first[3] == "vocab_size=0: expected >= 1"
-    assert "backend='reference'" in first[4]
+    assert "target[0]" in first[4] and "outside its support of 1 tokens" in first[4]
+    assert first[5].startswith("support of token 0: its 2 ids were found 1 times")
+    assert "backend='reference'" in first[6]
 
 
 def test_combine_reads_like_its_formula():

@@ -7,6 +7,7 @@ import pyrl
 from pyrl import LossSpec
 from pyrl.losses.linear import _linear_policy_loss
 from pyrl.parity import DEVICE, MARGIN, relative, serving
+from pyrl.testing import random_support
 
 BOUNDS = torch.tensor([0, 9, 9, 10, 25, 40])
 T, D, V = 40, 16, 211
@@ -56,9 +57,16 @@ def plain(spec, hidden, weight, target, advantages, fields):
     leaves = [x.detach().requires_grad_() for x in (hidden, weight, fields["bias"])]
     z = torch.nn.functional.linear(*leaves).float() * spec.logit_scale
     z = z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
-    logp = (z / spec.temperature).log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    rest = {k: v for k, v in fields.items() if k != "bias"}
+    x = z / spec.temperature
+    if (support := fields.get("support")) is not None:
+        inside = torch.zeros(T, V, dtype=torch.bool, device=DEVICE)
+        for t in range(T):
+            ids = support.ids[support.indptr[t] : support.indptr[t + 1]].long()
+            inside[t, ids if fields["mask"][t] else slice(None)] = True
+        x = x.masked_fill(~inside, -torch.inf)
+    logp = x.log_softmax(-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    rest = {k: v for k, v in fields.items() if k not in ("bias", "support")}
     chosen = logp.gather(1, target[:, None])[:, 0]
     out = pyrl.policy_objective(chosen, advantages, spec, entropy=entropy, backend="torch", **rest)
     (2 * out.loss).backward()
@@ -88,6 +96,32 @@ def test_parity(backend, dtype, name, chunk, monkeypatch):
         assert relative(a, c) <= relative(b, c) + margin, which
     assert relative(ours.logprob, exact.logprob) <= relative(usual_logprob, exact.logprob) + margin
     assert not ours.logprob.requires_grad and not ours.entropy.requires_grad
+
+
+@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "gspo"])  # gspo: tokens of a sequence coupled
+def test_support(backend, dtype, name, monkeypatch):
+    limit = dict.fromkeys(("cpu", "cuda"), 7 * V * 4)  # several chunks
+    monkeypatch.setattr("pyrl.ops.linear_logprob.CHUNK_BYTES", limit)
+    hidden, weight, target, advantages, fields = inputs(dtype)
+    fields["support"] = random_support(target, V, fields["mask"], largest=30)
+    with torch.no_grad():
+        logp = pyrl.linear_logprob(
+            hidden, weight, target, bias=fields["bias"], mask=fields["mask"],
+            support=fields["support"], backend="reference",
+        ).logprob  # fmt: skip
+    fields["old_logprob"] = logp + 0.3 * torch.randn(T, device=DEVICE)
+    fields["ref_logprob"] = logp + 0.3 * torch.randn(T, device=DEVICE)
+    args = (hidden, weight, target, advantages, fields)
+    spec = SPECS.get(name) or LossSpec.preset(name, entropy_coef=0.02)
+    exact, exact_grads = run("reference", spec, *args)
+    usual, usual_grads, _ = plain(spec, *args)
+    ours, grads = run(backend, spec, *args)
+    margin = MARGIN[dtype]
+    assert relative(ours.loss, exact.loss) <= relative(usual.loss, exact.loss) + margin
+    for a, b, c in zip(grads, usual_grads, exact_grads, strict=True):
+        assert relative(a, c) <= relative(b, c) + margin
 
 
 @pytest.mark.parametrize("backend", serving())
@@ -147,6 +181,18 @@ def test_reference_hidden_equals_reference_logprob(backend):
     assert torch.equal(ours.loss, expected.loss)
 
 
+@pytest.mark.parametrize("backend", serving())
+def test_reference_hidden_is_normalised_over_the_support_too(backend):
+    hidden, weight, target, advantages, fields = inputs()
+    del fields["ref_logprob"]
+    fields["support"] = random_support(target, V, fields["mask"])
+    out = pyrl.linear_policy_loss(
+        hidden, weight, target, advantages, SPECS["grpo"], ref_hidden=hidden.detach(),
+        backend=backend, **fields,
+    )  # fmt: skip
+    assert abs(out.metrics["kl_k3_sum"]) <= 1e-9  # an unchanged policy
+
+
 @pytest.mark.parametrize("backend", [b for b in serving() if b != "torch"])
 def test_a_second_backward_raises_instead_of_scaling_twice(backend):
     hidden, weight, target, advantages, fields = inputs()
@@ -178,15 +224,17 @@ def test_opcheck_and_fullgraph(backend):
     hidden, weight, target, advantages, f = inputs()
     spec = SPECS["grpo"]
     one, adv = torch.ones(T, device=DEVICE), torch.randn(T, device=DEVICE)
-    leaves = (hidden, weight, f["bias"], None, None)
-    fields = (f["old_logprob"], f["ref_logprob"], None, adv, one / T, f["mask"], None)
-    torch.library.opcheck(
-        _linear_policy_loss,
-        (*leaves, target, one, *fields, spec.to_json(), 1.0, V, backend, [True] * 3 + [False] * 2),
-        # In-place scaling of saved gradients is eager's; tracing takes the other branch, and is
-        # compared with eager below.
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    for support in ((None, None), tuple(random_support(target, V, f["mask"]))):
+        head = (hidden, weight, f["bias"], None, None, target, one, *support)
+        fields = (f["old_logprob"], f["ref_logprob"], None, adv, one / T, f["mask"], None)
+        needs = [True] * 3 + [False] * 2
+        torch.library.opcheck(
+            _linear_policy_loss,
+            (*head, *fields, spec.to_json(), 1.0, V, backend, needs),
+            # In-place scaling of saved gradients is eager's; tracing takes the other branch, and
+            # is compared with eager below.
+            test_utils=("test_schema", "test_faketensor"),
+        )
     eager, grads = run(backend, spec, hidden, weight, target, advantages, f)
     for leaf in (hidden, weight, f["bias"]):
         leaf.grad = None
@@ -236,5 +284,5 @@ def test_bad_input_names_itself():
         pyrl.linear_policy_loss(
             hidden, weight, target, advantages, LossSpec(), ref_hidden=hidden, **fields
         )
-    with pytest.raises(NotImplementedError, match="support"):
+    with pytest.raises(ValueError, match=r"expected Support\(indptr, ids\), got object"):
         pyrl.linear_policy_loss(hidden, weight, target, advantages, LossSpec(), support=object())

@@ -9,6 +9,7 @@ import torch
 
 from pyrl import _native
 from pyrl.ops.spec import LossSpec
+from pyrl.testing import random_support
 
 pytestmark = pytest.mark.gpu
 if _native.cuda_reason() is not None:
@@ -51,6 +52,39 @@ def test_rows(dtype, V, transform):
     ops.logits_grad_(*gpu, *transform, *on_gpu(lse, entropy, c, h, g))
     close(gpu[0], z, rtol=SPACING[dtype], atol=1e-6)
     assert (gpu[0][2] == 0).all()
+
+
+@pytest.mark.parametrize("ids", (torch.int32, torch.int64), ids=str)
+@pytest.mark.parametrize("transform", ((1.0, 0.0), (-2.0, 5.0)), ids=str)
+@pytest.mark.parametrize(("V", "largest"), ((1, 1), (70, 5), (32001, 3000)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_supports_and_rows_anywhere(dtype, V, largest, transform, ids):
+    torch.manual_seed(V)
+    n = 9
+    wide = (torch.randn(n + 4, V + 3) * 4).to(dtype)
+    wide[3, ::3] = -math.inf
+    target, inv_temperature = torch.randint(V, (n,)), torch.rand(n) + 0.5
+    support = random_support(target, V, torch.ones(n, dtype=torch.bool), largest=largest, dtype=ids)
+    spans = torch.stack([support.indptr[:-1], support.indptr[1:]], dim=1)
+    c, h, g = torch.randn(3, n)
+    c[2] = h[2] = g[2] = 0
+    index = torch.randperm(n + 4)[:n]
+    for replay in (False, True):
+        z, gpu_z = wide.clone()[:, 1 : V + 1], wide.cuda()[:, 1 : V + 1]
+        given = {"rows": index, **({"spans": spans, "ids": support.ids} if replay else {})}
+        on_device = {k: v.cuda() for k, v in given.items()}
+        head, gpu_head = (target, inv_temperature), on_gpu(target, inv_temperature)
+        expected = ops.logits_stats(z, *head, *transform, **given)
+        actual = ops.logits_stats(gpu_z, *gpu_head, *transform, **on_device)
+        for a, e in zip(actual, expected, strict=True):
+            close(a, e)
+        rest = (expected[2], expected[1], c, h, g)
+        out = torch.empty(n, V, dtype=dtype, device="cuda")
+        ops.logits_grad_(out, *gpu_head, *transform, *on_gpu(*rest), **on_device, source=gpu_z)
+        ops.logits_grad_(z, *head, *transform, *rest, **given)
+        ops.logits_grad_(gpu_z, *gpu_head, *transform, *on_gpu(*rest), **on_device)
+        close(gpu_z, z, rtol=SPACING[dtype], atol=1e-6)
+        close(out, z[index], rtol=SPACING[dtype], atol=1e-6)
 
 
 def test_a_matrix_of_more_than_two_billion_logits():

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyrl
+from pyrl import Support
 from pyrl.ops.linear_logprob import _linear_logprob, _linear_logprob_backward
 from pyrl.parity import DEVICE, MARGIN, relative, serving
+from pyrl.testing import random_support
 
 # V: one token; a prime; a padded vocabulary's odd size past one vector and one tile.
 SIZES = [(5, 8, 1), (1, 16, 17), (33, 24, 1031), (3, 8, 32001)]
@@ -36,17 +38,29 @@ def run(backend, hidden, weight, bias, target, mask, coefficients, **options):
     return [*out, *(x.grad for x in leaves)]
 
 
+def outside(support, mask, shape):
+    """bool [T, V]: what no kept token's support holds; False in unkept rows."""
+    inside = torch.zeros(shape, dtype=torch.bool, device=DEVICE)
+    for i, (a, b) in enumerate(zip(support.indptr[:-1], support.indptr[1:], strict=True)):
+        if mask[i]:
+            inside[i, support.ids[a:b].long()] = True
+    return ~inside & mask[:, None]
+
+
 def plain(hidden, weight, bias, target, mask, coefficients, *, temperature=1.0, softcap=None,
-          logit_scale=1.0):  # fmt: skip
+          logit_scale=1.0, support=None):  # fmt: skip
     """The same by plain torch in the inputs' dtype: its error is the yardstick."""
     leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
     z = torch.nn.functional.linear(*leaves[:2], *leaves[2:]).float() * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     t = temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
-    logp = (z / t).log_softmax(-1)
+    x = z / t
+    if support is not None:
+        x = x.masked_fill(outside(support, mask, z.shape), -torch.inf)
+    logp = x.log_softmax(-1)
     chosen = logp.gather(1, target[:, None])[:, 0]
-    entropy = -(logp.exp() * logp).sum(-1)
-    out = [torch.where(mask, v, 0.0) for v in (chosen, entropy, (z / t).logsumexp(-1))]
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    out = [torch.where(mask, v, 0.0) for v in (chosen, entropy, x.logsumexp(-1))]
     sum((c * v).sum() for c, v in zip(coefficients, out, strict=True)).backward()
     return [*out, *(x.grad for x in leaves)]
 
@@ -80,15 +94,65 @@ def test_head_options(backend, dtype):
     assert_parity(backend, dtype, args, temperature=temperature, softcap=15.0, logit_scale=0.5)
 
 
+# Supports of one token, of less than a vector, of more than a block of every kernel (1024).
+@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "largest"), [((5, 8, 1), 1), ((33, 24, 1031), 7), ((4, 8, 2500), 2500)]
+)
+def test_support(backend, dtype, size, largest):
+    args = inputs(*size, dtype, bias=True)
+    ids = torch.int64 if largest == 7 else torch.int32
+    support = random_support(args[3], size[2], args[4], largest=largest, dtype=ids)
+    assert_parity(backend, dtype, args, support=support)
+
+
+@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_support_with_head_options(backend, dtype):
+    args = inputs(21, 16, 301, dtype)
+    support = random_support(args[3], 301, args[4])
+    temperature = torch.linspace(0.5, 2.0, 21).to(DEVICE)
+    options = {"temperature": temperature, "softcap": 15.0, "logit_scale": 0.5}
+    assert_parity(backend, dtype, args, support=support, **options)
+
+
+@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_gradient_enters_a_logit_outside_the_support(backend, dtype):
+    # The head is the identity: hidden are the logits, and dhidden is dL/dlogits exactly.
+    _, _, _, target, mask, coefficients = inputs(12, 1, 90, dtype)
+    hidden = torch.randn(12, 90, device=DEVICE).to(dtype).requires_grad_()
+    weight = torch.eye(90, device=DEVICE, dtype=dtype).requires_grad_()
+    support = random_support(target, 90, mask, largest=9)
+    run(backend, hidden, weight, None, target, mask, coefficients, support=support)
+    out = outside(support, mask, hidden.shape) | ~mask[:, None]
+    assert (hidden.grad[out] == 0).all() and (hidden.grad[~out] != 0).any()
+
+
+@pytest.mark.parametrize("backend", [*serving(), "reference"])
+def test_a_support_of_the_whole_vocabulary_changes_nothing(backend):
+    args = inputs(9, 8, 70, torch.float32)
+    indptr = torch.arange(10, device=DEVICE) * 70
+    ids = torch.cat([torch.randperm(70) for _ in range(9)]).to(DEVICE)
+    with_support = run(backend, *args, support=Support(indptr, ids))
+    for ours, expected in zip(with_support, run(backend, *args), strict=True):
+        assert relative(ours, expected) <= 2e-6  # the same fp32 sums in another order
+
+
 @pytest.mark.parametrize("backend", serving())
 def test_many_chunks_equal_one(backend, monkeypatch):
     args = inputs(50, 16, 97, torch.float32)
     whole = run(backend, *args)
+    support = random_support(args[3], 97, args[4])
+    of_support = run(backend, *args, support=support)
     monkeypatch.setattr(
         "pyrl.ops.linear_logprob.CHUNK_BYTES", {"cpu": 7 * 97 * 4, "cuda": 7 * 97 * 4}
     )
     for one, many in zip(whole, run(backend, *args), strict=True):
         assert relative(many, one) <= 1e-6  # fp32 sums of the same numbers in another order
+    for one, many in zip(of_support, run(backend, *args, support=support), strict=True):
+        assert relative(many, one) <= 1e-6
 
 
 @pytest.mark.parametrize("backend", serving())
@@ -132,8 +196,12 @@ def test_opcheck(backend):
     h, w, b, y, mask, co = inputs(6, 8, 13, torch.float32, bias=True)
     inv = torch.ones(6, device=DEVICE)
     low, up = (torch.randn(*shape, device=DEVICE) for shape in ((2, 8), (13, 2)))
-    for adapter in ((None, None), (low.requires_grad_(), up.requires_grad_())):
-        args = (h, w, y, b, *adapter, inv, mask)
+    csr = tuple(random_support(y, 13, mask))
+    for adapter, support in (
+        ((None, None), (None, None)),
+        ((low.requires_grad_(), up.requires_grad_()), csr),
+    ):
+        args = (h, w, y, b, *adapter, inv, mask, *support)
         rest = (0.5, 0.0, 1.0, 13, backend)
         torch.library.opcheck(_linear_logprob, (*args, *rest))
         _, entropy, lse = _linear_logprob(*args, *rest)
@@ -160,8 +228,60 @@ def test_bad_input_names_itself():
         pyrl.linear_logprob(h, w, y, temperature=0.0)
     with pytest.raises(ValueError, match="backend='fast'"):
         pyrl.linear_logprob(h, w, y, backend="fast")
-    with pytest.raises(NotImplementedError, match="support"):
-        pyrl.linear_logprob(h, w, y, support=object())
+
+
+@pytest.mark.parametrize("backend", [*serving(), "reference"])
+def test_bad_support_names_itself(backend):
+    h, w, _, y, _, _ = inputs(3, 8, 13, torch.float32)
+    y[:] = torch.tensor([4, 5, 6])
+    good = [4, 9, 5, 1, 12, 6]
+
+    def call(indptr, ids, mask=None, dtype=torch.int64):
+        indptr, ids = (torch.tensor(v, dtype=dtype, device=DEVICE) for v in (indptr, ids))
+        return pyrl.linear_logprob(
+            h, w, y, support=Support(indptr, ids), mask=mask, backend=backend
+        )
+
+    call([0, 2, 3, 6], good)
+    cases = {
+        r"support.indptr: expected shape \(4,\), got \(3,\)": ([0, 2, 6], good),
+        r"support.indptr\[0\] = 1: expected 0": ([1, 2, 3, 6], good),
+        r"support.indptr falls at 2: 3 → 2": ([0, 3, 2, 6], good),
+        r"support.indptr\[3\] = 5: expected 6, the number of ids": ([0, 2, 3, 5], good),
+        r"support of token 2: id 13 is outside the vocabulary \[0, 13\)": (
+            [0, 2, 3, 6],
+            [4, 9, 5, 1, 13, 6],
+        ),
+        r"support of token 0: id -1 is outside": ([0, 2, 3, 6], [4, -1, 5, 1, 12, 6]),
+        r"support of token 2: id 6 is in it more than once": ([0, 2, 3, 6], [4, 9, 5, 6, 1, 6]),
+        r"target\[1\] = 5 is outside its support of 1 tokens": ([0, 2, 3, 6], [4, 9, 7, 1, 12, 6]),
+        r"target\[0\] = 4 is outside its support of 0 tokens": ([0, 0, 3, 6], [4, 9, 5, 1, 12, 6]),
+    }
+    for message, (indptr, ids) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            call(indptr, ids)
+    with pytest.raises(
+        ValueError, match=r"support\.indptr: expected int32 or int64, got torch\.float"
+    ):
+        call([0, 2, 3, 6], good, dtype=torch.float32)
+    with pytest.raises(ValueError, match="expected Support"):
+        pyrl.linear_logprob(h, w, y, support=(1, 2), backend=backend)
+    # What is masked is never read.
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    call([0, 2, 4, 6], [9, 4, 99, 99, 6, 0], mask=mask)
+
+
+def test_a_support_under_fullgraph():
+    h, w, _, y, mask, _ = inputs(6, 8, 13, torch.float32)
+    support = random_support(y, 13, mask)
+    compiled = torch.compile(pyrl.linear_logprob, fullgraph=True, backend="aot_eager")
+    out = compiled(h, w, y, mask=mask, support=support)
+    out.logprob.sum().backward()
+    ours = h.grad.clone()
+    h.grad = None
+    expected = pyrl.linear_logprob(h, w, y, mask=mask, support=support)
+    expected.logprob.sum().backward()
+    assert relative(out.logprob, expected.logprob) <= 1e-6 and relative(ours, h.grad) <= 1e-6
 
 
 def test_an_explicit_backend_never_falls_back():

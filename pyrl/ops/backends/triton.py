@@ -16,18 +16,22 @@ __all__ = [
 
 
 # Imported on first call: triton itself is optional, and reads TRITON_INTERPRET when it is imported.
-def logits_stats(*args: Any) -> Any:
+def logits_stats(*args: Any, **options: Any) -> Any:
     """See `Backend.logits_stats`."""
-    from pyrl.kernels import logits
+    from pyrl.kernels import logits, support
 
-    return logits.logits_stats(*args)
+    given = {name: value for name, value in options.items() if value is not None}
+    stats: Any = support.support_stats if "spans" in given else logits.logits_stats
+    return stats(*args, **given)
 
 
-def logits_grad_(*args: Any) -> Any:
+def logits_grad_(*args: Any, **options: Any) -> None:
     """See `Backend.logits_grad_`."""
-    from pyrl.kernels import logits
+    from pyrl.kernels import logits, support
 
-    return logits.logits_grad_(*args)
+    given = {name: value for name, value in options.items() if value is not None}
+    grad_: Any = support.support_grad_ if "spans" in given else logits.logits_grad_
+    grad_(*args, **given)
 
 
 def objective_terms(*args: Any) -> Any:
