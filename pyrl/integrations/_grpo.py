@@ -36,7 +36,11 @@ _OPTIONS = {
 
 #: With this, `rollout_logprob` carries any correction ratio into vespo's weight unchanged: vespo
 #: itself clamps the logarithms to at most 20.
-VESPO_CORRECTION = {"correction": "tis", "correction_low": 0.0, "correction_high": 1e30}
+VESPO_CORRECTION: dict[str, Any] = {
+    "correction": "tis",
+    "correction_low": 0.0,
+    "correction_high": 1e30,
+}
 
 
 def grpo_spec(

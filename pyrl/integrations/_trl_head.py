@@ -33,7 +33,7 @@ def add_head(
     if others:
         raise NotImplementedError(f"patch_grpo: fused head outputs {sorted(others)}")
     plain, config = model.forward, model.config.get_text_config()
-    head = {
+    head: dict[str, Any] = {
         "temperature": temperature,
         "softcap": getattr(config, "final_logit_softcapping", None),
         "logit_scale": _logit_scale(config),
@@ -102,6 +102,8 @@ def _router_loss(config: Any, router_logits: Any, attention_mask: Tensor | None)
     """The load-balancing loss of a mixture of experts, which its families share."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    return load_balancing_loss_func(
+    loss = load_balancing_loss_func(
         router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
     )
+    assert isinstance(loss, Tensor)  # 0 stands for no router logits
+    return loss

@@ -112,7 +112,11 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 f"attention_mask {list(mask.shape)}, advantages {list(advantages.shape)}: "
                 "expected [B, L] and [B]"
             )
-        head = {"temperature": self.spec.temperature, "mask": mask, "backend": self.backend}
+        head: dict[str, Any] = {
+            "temperature": self.spec.temperature,
+            "mask": mask,
+            "backend": self.backend,
+        }
         ref, spec, rollout, old = None, self.spec, None, old_per_token_logps
         if self.spec.needs_ref:
             ref = ref_per_token_logps

@@ -16,8 +16,11 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from pyrl.integrations._grpo import VESPO_CORRECTION, grpo_spec, vespo_rollout
 from pyrl.integrations._trl_head import add_head
-from pyrl.losses import LossSpec, linear_policy_loss, policy_objective
+from pyrl.losses import LossSpec, PolicyLoss, linear_policy_loss, policy_objective
 from pyrl.ops.backend import NAMES
+
+#: A GRPOTrainer. The patch reads attributes that its annotated types leave out.
+Trainer = Any
 
 _PLAIN_INIT = GRPOTrainer.__init__
 
@@ -59,7 +62,7 @@ def patch_grpo(*, backend: str | None = None) -> Callable[[], None]:
         raise ValueError(f"backend={backend!r}: expected one of {sorted(NAMES)}")
 
     @functools.wraps(_PLAIN_INIT)
-    def init(self: GRPOTrainer, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain = grpo_trainer.add_fused_lm_head
         grpo_trainer.add_fused_lm_head = functools.partial(add_head, backend=backend)
         try:
@@ -70,13 +73,14 @@ def patch_grpo(*, backend: str | None = None) -> Callable[[], None]:
         self._compute_loss = functools.partial(compute_loss, self, backend=backend)
 
     def undo() -> None:
-        GRPOTrainer.__init__ = _PLAIN_INIT
+        patched.__init__ = _PLAIN_INIT
 
-    GRPOTrainer.__init__ = init
+    patched: Any = GRPOTrainer
+    patched.__init__ = init
     return undo
 
 
-def check(trainer: GRPOTrainer) -> None:
+def check(trainer: Trainer) -> None:
     """NotImplementedError (or ValueError, for a value out of range) naming the trainer's option
     that has no equal here."""
     for name in _REPLACED:
@@ -107,7 +111,7 @@ def check(trainer: GRPOTrainer) -> None:
             )
 
 
-def build_spec(trainer: GRPOTrainer) -> LossSpec:
+def build_spec(trainer: Trainer) -> LossSpec:
     """The trainer's options as a spec; `weighted` by `token_weights`, TRL's normalisers."""
     args, level = trainer.args, trainer.importance_sampling_level
     if trainer.loss_type == "vespo" and level == "sequence":
@@ -137,11 +141,11 @@ def build_spec(trainer: GRPOTrainer) -> LossSpec:
     )
 
 
-def _corrects(trainer: GRPOTrainer) -> bool:
+def _corrects(trainer: Trainer) -> bool:
     return trainer.use_vllm and trainer.vllm_importance_sampling_correction
 
 
-def fuses(trainer: GRPOTrainer, spec: LossSpec) -> bool:
+def fuses(trainer: Trainer, spec: LossSpec) -> bool:
     """Whether a token's gradient is known from its own log-prob, so that one pass is enough."""
     return not (
         spec.couples_tokens
@@ -151,7 +155,7 @@ def fuses(trainer: GRPOTrainer, spec: LossSpec) -> bool:
     )
 
 
-def token_weights(trainer: GRPOTrainer, inputs: dict[str, Any], mask: Tensor) -> Tensor:
+def token_weights(trainer: Trainer, inputs: dict[str, Any], mask: Tensor) -> Tensor:
     """fp32 [B, L]: what TRL multiplies the loss of each kept token by, with n_b kept tokens in a
     completion and `a` micro-batches in an optimizer step (1 in evaluation).
 
@@ -179,7 +183,7 @@ def token_weights(trainer: GRPOTrainer, inputs: dict[str, Any], mask: Tensor) ->
 
 
 def compute_loss(
-    trainer: GRPOTrainer, model: Any, inputs: dict[str, Any], *, backend: str | None = None
+    trainer: Trainer, model: Any, inputs: dict[str, Any], *, backend: str | None = None
 ) -> Tensor:
     """GRPOTrainer._compute_loss: the loss with its graph from pyrl, the log entries from TRL."""
     mask = inputs["completion_mask"]
@@ -201,7 +205,7 @@ def compute_loss(
     return loss
 
 
-def _score(trainer: GRPOTrainer, model: Any, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _score(trainer: Trainer, model: Any, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
     """logps [B, L], entropies [B, L], aux_loss through TRL's own preparation of model inputs."""
     return trainer._get_per_token_logps_and_entropies(
         model,
@@ -214,7 +218,7 @@ def _score(trainer: GRPOTrainer, model: Any, batch: dict[str, Any]) -> tuple[Any
     )
 
 
-def _signal(trainer: GRPOTrainer, batch: dict[str, Any]) -> Tensor:
+def _signal(trainer: Trainer, batch: dict[str, Any]) -> Tensor:
     """[B, L]: advantages, times the given vLLM correction: w l(A) = l(w A) for w >= 0, vespo's
     own weight apart."""
     advantages = batch["advantages"]
@@ -224,7 +228,7 @@ def _signal(trainer: GRPOTrainer, batch: dict[str, Any]) -> Tensor:
     return advantages.expand(batch["mask"].shape)
 
 
-def _fields(trainer: GRPOTrainer, batch: dict[str, Any], backend: str | None) -> dict[str, Any]:
+def _fields(trainer: Trainer, batch: dict[str, Any], backend: str | None) -> dict[str, Any]:
     """The keyword arguments that `linear_policy_loss` and `policy_objective` share."""
     return {
         "old_logprob": batch.get("old_per_token_logps"),
@@ -237,14 +241,16 @@ def _fields(trainer: GRPOTrainer, batch: dict[str, Any], backend: str | None) ->
 
 
 def _fused(
-    trainer: GRPOTrainer, model: Any, batch: dict[str, Any], spec: LossSpec, backend: str | None
+    trainer: Trainer, model: Any, batch: dict[str, Any], spec: LossSpec, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """loss, logps, entropies, aux_loss; the loss is formed where the head is, inside the model."""
     signal, fields = _signal(trainer, batch), _fields(trainer, batch, backend)
     target = batch["completion_ids"]
     out: FusedCausalLMOutput | None = None
 
-    def policy_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: dict[str, Any]):
+    def policy_loss(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, head: dict[str, Any]
+    ) -> PolicyLoss:
         return linear_policy_loss(
             hidden[:, -target.shape[1] :],
             weight,
@@ -261,12 +267,12 @@ def _fused(
         return out
 
     logps, entropies, aux = _score(trainer, forward, batch)
-    assert out is not None
+    assert out is not None and out.loss is not None
     return out.loss, logps, entropies, aux
 
 
 def _composed(
-    trainer: GRPOTrainer,
+    trainer: Trainer,
     batch: dict[str, Any],
     spec: LossSpec,
     logps: Tensor,
@@ -310,7 +316,7 @@ def _composed(
 
 @torch.no_grad()
 def _bookkeep(
-    trainer: GRPOTrainer,
+    trainer: Trainer,
     model: Any,
     inputs: dict[str, Any],
     mask: Tensor,

@@ -118,18 +118,7 @@ def policy_loss(
     - metrics: geo_mean counts the tokens whose gradient the clip stops; a token whose
       `rollout_is_weights` is 0 counts as not clipped; dppo's pg_clipfrac_lower counts all r > c.
     """
-    if isinstance(spec, LossSpec):
-        if spec.needs_ref or spec.needs_entropy or spec.needs_rollout:
-            raise ValueError(
-                f"verl adds KL, entropy and rollout correction itself; got kl_coef={spec.kl_coef}, "
-                f"entropy_coef={spec.entropy_coef}, correction={spec.correction!r}"
-            )
-        fixed = {k: v for k, v in spec.to_dict().items() if k != "max_length"}
-
-        def fields(config: Any) -> dict[str, Any]:
-            return fixed
-    else:
-        fields = spec
+    fields = _fields(spec)
 
     def loss(
         old_log_prob: Tensor,
@@ -168,6 +157,19 @@ def policy_loss(
         return out.loss, _metrics(chosen, out.metrics, logp, old, mask, cap)
 
     return loss
+
+
+def _fields(spec: LossSpec | Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """ActorConfig → the fields of the spec."""
+    if not isinstance(spec, LossSpec):
+        return spec
+    if spec.needs_ref or spec.needs_entropy or spec.needs_rollout:
+        raise ValueError(
+            f"verl adds KL, entropy and rollout correction itself; got kl_coef={spec.kl_coef}, "
+            f"entropy_coef={spec.entropy_coef}, correction={spec.correction!r}"
+        )
+    fixed = {k: v for k, v in spec.to_dict().items() if k != "max_length"}
+    return lambda config: fixed
 
 
 def _policy_weights(spec: LossSpec, weights: Tensor, mask: Tensor) -> Tensor:
@@ -231,7 +233,9 @@ def _metrics(
     cap: float | None,
 ) -> dict[str, Any]:
     """verl's three numbers, means over this micro-batch's kept tokens, in one wait."""
-    delta = torch.where(mask, logp - old, 0.0).clamp(-20, 20).double()
+    delta = torch.where(mask, logp - old, 0.0).double()
+    if spec.objective in ("cispo", "dppo"):  # elsewhere logp is clamped already, or never
+        delta = delta.clamp(-20, 20)
     low, high, lower = sums["clip_low"], sums["clip_high"], sums["dual_clip"]
     share = low + high
     if spec.objective == "gmpo":
