@@ -11,7 +11,7 @@ SEED ?= 0
 comma := ,
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help quickstart test test-vllm bench lint aot gpu-check clean
+.PHONY: help quickstart test test-vllm bench lint aot certify gpu-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -36,6 +36,9 @@ lint: $(STAMPS)/dev ## ruff and mypy
 aot: $(STAMPS)/test ## compile every GPU kernel without a GPU; print registers and spills
 	$(BIN)/python benchmarks/aot_cuda.py
 	$(BIN)/python -m benchmarks.aot_triton
+
+certify: $(STAMPS)/test $(STAMPS)/bench ## every loss on every backend against float64: writes docs/parity.md
+	$(BIN)/pyrl certify
 
 gpu-check: ## on a GPU machine: build, tests on the GPU, the benchmark grid (JSONL to $$OUT)
 	bash benchmarks/gpu_check.sh

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pyrl.kernels import group_advantage, logits, objective
+from pyrl.ops.spec import LossSpec
 
 ARCHITECTURES = (80, 90, 100)
 POINTER_TYPES = {
@@ -116,24 +117,52 @@ def logits_variants() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def objective_variants() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every objective and KL with everything on, and the leanest and a plain call of each."""
+    """Every policy term with every option that needs registers, token by token and by sequence; the
+    plain calls; every KL and correction."""
     v, keep = torch.empty(1024), torch.ones(1024, dtype=torch.bool)
-    for o, name in enumerate(objective.OBJECTIVES):
-        for k, kl in enumerate(objective.KLS):
-            full = torch.tensor([o, 0.2, 0.28, 3.0, k, 0.04, 0.01], dtype=torch.float64)
-            yield (
-                f"objective {name} dual {kl} bonus",
-                lambda p=full: objective.objective_terms(v, v, v, v, v, v, keep, p),
-            )
-        plain = torch.tensor([o, 0.2, 0.28, 0.0, 2, 0.0, 0.0], dtype=torch.float64)
-        yield (
-            f"objective {name} old entropy",
-            lambda p=plain: objective.objective_terms(v, v, v, None, v, v, keep, p),
+    bounds = torch.zeros(9, dtype=torch.int64)
+
+    def variant(name: str, full: bool, **options: Any) -> tuple[str, Callable[[], Any]]:
+        spec = LossSpec(**options)
+        b = bounds if spec.couples_tokens else None
+        path = "token" if b is None else "sequence"
+        old, ref, rollout = v, v if spec.needs_ref or full else None, v if full else None
+        return f"objective {path:8s} {name}", lambda: objective.objective_terms(
+            v, v, old, ref, rollout, v, v, keep, b, spec.params()
         )
-        yield (
-            f"objective {name} on-policy",
-            lambda p=plain: objective.objective_terms(v, None, None, None, v, v, keep, p),
-        )
+
+    clips = {"objective": "clip", "dual_clip": 3.0, "delta": 4.0}
+    kl = {"kl_coef": 0.04, "kl_ratio_weighted": True, "kl_clamp": 10.0}
+    full = {**kl, "entropy_coef": 0.01, "correction": "mis"}
+    shared = {**full, "correction_level": "geometric", "off_policy_threshold": 0.1}
+    terms: dict[str, dict[str, Any]] = {
+        "reinforce": {"objective": "reinforce"},
+        "clip dual delta": clips,
+        "cispo": {"objective": "cispo"},
+        "sapo": {"objective": "sapo"},
+        "dppo tv": {"objective": "dppo"},
+        "dppo kl": {"objective": "dppo", "dppo_divergence": "kl"},
+    }
+    for name, term in terms.items():
+        yield variant(name, False, **term)
+        yield variant(f"{name} full", True, **term, **full)
+        level = "token" if "dppo" in name else "sequence"
+        yield variant(f"{name} {level} full", True, ratio_level=level, **term, **shared)
+    yield variant("clip sequence", False, ratio_level="sequence")
+    yield variant("clip sequence_token full", True, ratio_level="sequence_token", **clips, **shared)
+    for name in ("gmpo", "vespo"):
+        level = {"correction_level": "token"} if name == "vespo" else {}
+        yield variant(name, False, objective=name)
+        yield variant(f"{name} full", True, objective=name, **{**shared, **level})
+    for name in ("k1", "k2", "k3", "abs", "k3_st"):
+        yield variant(f"clip {name}", False, kl=name, **kl)
+    for name in ("tis", "icepop"):
+        yield variant(f"clip {name}", True, correction=name)
+    plain = LossSpec().params()
+    yield (
+        "objective token    clip on-policy",
+        lambda: objective.objective_terms(v, None, None, None, None, v, v, keep, None, plain),
+    )
 
 
 def group_variants() -> Iterator[tuple[str, Callable[[], Any]]]:

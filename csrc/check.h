@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "kernels.h"
+#include "spec.h"
 
 // A plain message: STD_TORCH_CHECK would put this file's name before it.
 #define PYRL_CHECK(condition, ...)                                                       \
@@ -98,12 +99,14 @@ struct ObjectiveOutputs {
   Tensor loss, c, h, metrics;
 };
 
-// Checked inputs and fresh outputs of objective_terms; `metrics` has `count` entries.
+// Checked inputs and fresh outputs of objective_terms.
 inline ObjectiveBatch objective_batch(const Tensor& logprob, const std::optional<Tensor>& entropy,
                                       const std::optional<Tensor>& old,
-                                      const std::optional<Tensor>& ref, const Tensor& advantage,
-                                      const Tensor& weight, const Tensor& keep, int64_t count,
-                                      ObjectiveOutputs& out) {
+                                      const std::optional<Tensor>& ref,
+                                      const std::optional<Tensor>& rollout,
+                                      const Tensor& advantage, const Tensor& weight,
+                                      const Tensor& keep, const std::optional<Tensor>& bounds,
+                                      const ObjectiveParams& params, ObjectiveOutputs& out) {
   const Tensor& like = logprob;
   const int64_t tokens = logprob.numel();
   ObjectiveBatch b{};
@@ -112,11 +115,19 @@ inline ObjectiveBatch objective_batch(const Tensor& logprob, const std::optional
   b.entropy = vector<float>(entropy, "entropy", tokens, like);
   b.old = vector<float>(old, "old", tokens, like);
   b.ref = vector<float>(ref, "ref", tokens, like);
+  b.rollout = vector<float>(rollout, "rollout", tokens, like);
   b.advantage = vector<float>(advantage, "advantage", tokens, like);
   b.weight = vector<float>(weight, "weight", tokens, like);
   b.keep = vector<bool>(keep, "keep", tokens, like);
+  if (bounds) {
+    PYRL_CHECK(bounds->numel() > 0, "bounds must have shape [B + 1], got [0]");
+    b.sequences = bounds->numel() - 1;
+    b.bounds = vector<int64_t>(bounds, "bounds", b.sequences + 1, like);
+  }
+  PYRL_CHECK(bounds || !params.couples_tokens(), "params couple the tokens of a sequence: bounds "
+             "must be given");
   out = {output(like, {}, ScalarType::Float), output(like, {tokens}, ScalarType::Float),
-         output(like, {tokens}, ScalarType::Float), output(like, {count}, ScalarType::Double)};
+         output(like, {tokens}, ScalarType::Float), output(like, {kMetrics}, ScalarType::Double)};
   b.c = static_cast<float*>(out.c.data_ptr());
   b.h = static_cast<float*>(out.h.data_ptr());
   b.loss = static_cast<float*>(out.loss.data_ptr());
@@ -126,9 +137,9 @@ inline ObjectiveBatch objective_batch(const Tensor& logprob, const std::optional
 
 // The float64 CPU vector of LossSpec.params(), whatever the device of the other arguments: reading
 // it never waits for a GPU.
-inline const double* objective_params(const Tensor& params, int64_t count) {
+inline const double* objective_params(const Tensor& params) {
   PYRL_CHECK(params.is_cpu(), "params must be a CPU tensor");
-  return vector<double>(params, "params", count, params);
+  return vector<double>(params, "params", kParams, params);
 }
 
 struct AdvantageOutputs {

@@ -30,11 +30,13 @@ struct LogitsGrad {
   const float *lse, *entropy, *c, *h, *g;
 };
 
-// objective.h over a batch; entropy, old, ref may be null. keep is torch's bool.
+// objective.h over a batch; entropy, old, ref, rollout may be null. keep is torch's bool.
 struct ObjectiveBatch {
-  int64_t tokens;  // T
-  const float *logprob, *entropy, *old, *ref, *advantage, *weight;
+  int64_t tokens;     // T
+  int64_t sequences;  // B; 0 without bounds
+  const float *logprob, *entropy, *old, *ref, *rollout, *advantage, *weight;
   const bool* keep;
+  const int64_t* bounds;  // [B + 1] from 0 to T, never falling; null: no token needs its sequence
   float *c, *h;
   float* loss;      // 0-d
   double* metrics;  // [kMetrics]
@@ -73,7 +75,7 @@ RowKernels avx512_rows();
 namespace cuda {
 
 // Scratch the caller allocates for policy_objective: doubles.
-int64_t policy_objective_scratch(int64_t tokens);
+int64_t policy_objective_scratch(const ObjectiveBatch& batch);
 int policy_objective(const ObjectiveBatch& batch, const double* params, double* scratch,
                      void* stream);
 int group_advantage(const GroupAdvantage& batch, void* stream);

@@ -11,7 +11,8 @@ STABLE_TORCH_LIBRARY(pyrl_native, m) {
       "float softcap, Tensor lse, Tensor entropy, Tensor c, Tensor h, Tensor? g) -> ()");
   m.def(
       "objective_terms(Tensor logprob, Tensor? entropy, Tensor? old, Tensor? ref, "
-      "Tensor advantage, Tensor weight, Tensor keep, Tensor params) "
+      "Tensor? rollout, Tensor advantage, Tensor weight, Tensor keep, Tensor? bounds, "
+      "Tensor params) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "group_advantage_terms(Tensor rewards, Tensor order, Tensor offsets, int method, "

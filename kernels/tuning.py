@@ -49,6 +49,8 @@ def grad_tile(vocabulary: int, itemsize: int) -> Tile:
 
 #: Tokens a program of the objective; rows of partial sums its last program adds at a time.
 OBJECTIVE = Tile(block=512, warps=8)
+#: One token a thread: the metrics' running sums are per lane, and live in registers.
+SEQUENCE_OBJECTIVE = Tile(block=256, warps=8)
 OBJECTIVE_ROWS = 32
 
 #: 128 lanes keep one group of thousands bearable and cost groups of 8 only idle lanes.

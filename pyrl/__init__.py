@@ -4,11 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyrl.losses import PRESETS, LossSpec, PolicyLoss, linear_policy_loss, reduce_metrics
+    from pyrl.losses.parallel import vocab_parallel_policy_loss
     from pyrl.models import Policy, load_policy
     from pyrl.ops.backend import BackendUnavailableError, backends
     from pyrl.ops.group_advantage import Advantages, group_advantage
     from pyrl.ops.linear_logprob import LogProb, linear_logprob
+    from pyrl.ops.lora import LinearHead, LoRA, linear_head
+    from pyrl.ops.parallel import vocab_parallel_logprob
     from pyrl.ops.policy_objective import policy_objective
+    from pyrl.ops.sharded import full_weight
     from pyrl.packing import PackedBatch, Sample, pack
 
 __version__ = "0.1.0"
@@ -19,6 +23,8 @@ _HOME = {
     "PRESETS": "pyrl.losses",
     "Advantages": "pyrl.ops.group_advantage",
     "BackendUnavailableError": "pyrl.ops.backend",
+    "LinearHead": "pyrl.ops.lora",
+    "LoRA": "pyrl.ops.lora",
     "LogProb": "pyrl.ops.linear_logprob",
     "LossSpec": "pyrl.losses",
     "PackedBatch": "pyrl.packing",
@@ -26,19 +32,25 @@ _HOME = {
     "PolicyLoss": "pyrl.losses",
     "Sample": "pyrl.packing",
     "backends": "pyrl.ops.backend",
+    "full_weight": "pyrl.ops.sharded",
     "group_advantage": "pyrl.ops.group_advantage",
+    "linear_head": "pyrl.ops.lora",
     "linear_logprob": "pyrl.ops.linear_logprob",
     "linear_policy_loss": "pyrl.losses",
     "load_policy": "pyrl.models",
     "pack": "pyrl.packing",
     "policy_objective": "pyrl.ops.policy_objective",
     "reduce_metrics": "pyrl.losses",
+    "vocab_parallel_logprob": "pyrl.ops.parallel",
+    "vocab_parallel_policy_loss": "pyrl.losses.parallel",
 }
 
 __all__ = [
     "PRESETS",
     "Advantages",
     "BackendUnavailableError",
+    "LinearHead",
+    "LoRA",
     "LogProb",
     "LossSpec",
     "PackedBatch",
@@ -46,13 +58,17 @@ __all__ = [
     "PolicyLoss",
     "Sample",
     "backends",
+    "full_weight",
     "group_advantage",
+    "linear_head",
     "linear_logprob",
     "linear_policy_loss",
     "load_policy",
     "pack",
     "policy_objective",
     "reduce_metrics",
+    "vocab_parallel_logprob",
+    "vocab_parallel_policy_loss",
 ]
 
 

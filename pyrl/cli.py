@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 import time
 import typing
@@ -113,6 +114,25 @@ def environment(args: argparse.Namespace) -> int:
     return 0
 
 
+def certificate(args: argparse.Namespace) -> int:
+    """`pyrl certify`"""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Triton's kernels then run in its interpreter: right or wrong is the same.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from pyrl.certify import report
+    from pyrl.certify.run import certify
+
+    found = certify(quick=args.quick)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(report.markdown(found))
+    for failure in found.failures:
+        print(f"FAILED {failure}")
+    print(f"{len(found.rows)} rows, {len(found.failures)} failures: {args.out}")
+    return 1 if found.failures else 0
+
+
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -168,6 +188,16 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("report", report, "Write curves.png and report.html of a run again.", "RUN")
     one.add_argument("run", type=Path, help="run folder")
+
+    one = command(
+        "certify",
+        certificate,
+        "Measure every loss on every backend against float64; write docs/parity.md.",
+        "[--out FILE] [--quick]",
+        "Exit status 1 when a row breaks the bound that the document states.",
+    )
+    one.add_argument("--out", type=Path, default=Path("docs/parity.md"), help="the document")
+    one.add_argument("--quick", action="store_true", help="a few rows of each kind")
 
     command("env", environment, "Print versions, devices, backends and why any is absent.")
     return parser

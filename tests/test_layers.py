@@ -17,11 +17,12 @@ LAYERS = [
     {"pyrl.models", "pyrl.nn", "pyrl.testing"},
     {"pyrl.algorithms", "pyrl.tasks", "pyrl.rollout"},
     {"pyrl.trainer"},
-    {"pyrl.cli", "pyrl.env_report", "pyrl.integrations"},
+    {"pyrl.certify", "pyrl.env_report", "pyrl.integrations"},
+    {"pyrl.cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 #: `_native` describes the compiled ops to torch, their number of metrics included.
-PEERS = {("pyrl.cli", "pyrl.env_report"), ("pyrl._native", "pyrl.ops")}
+PEERS = {("pyrl._native", "pyrl.ops")}
 
 
 def modules():

@@ -1,14 +1,18 @@
-// objective.h over a batch of tokens in one launch, with no wait for the host.
+// objective.h over a batch in one launch, with no wait for the host.
+//
+// Without bounds the threads of all blocks share the tokens. With bounds a block works one sequence
+// after another, each in the three sweeps of objective.h.
 //
 // Blocks leave their sums in scratch; the block that finishes last adds them, always in the same
 // order, so equal inputs give equal bits. "Last" comes from a ticket counter that wraps to 0 by
 // itself: no launch to clear it.
+#include "objective.h"
+
 #include <cuda_runtime.h>
 
 #include <atomic>
 
 #include "kernels.h"
-#include "objective.h"
 #include "reduce.cuh"
 
 namespace pyrl::cuda {
@@ -23,10 +27,10 @@ constexpr int64_t kMaxBlocks = 1024;
 constexpr unsigned kTickets = 4096;
 __device__ unsigned tickets[kTickets];
 
-// Depends on T only, not on the GPU: so does the order of the sums.
-int64_t blocks_for(int64_t tokens) {
+// Depends on T and B only, not on the GPU: so does the order of the sums.
+int64_t blocks_for(const ObjectiveBatch& b) {
   const int64_t per_block = kThreads * kTokensPerThread;
-  const int64_t blocks = (tokens + per_block - 1) / per_block;
+  const int64_t blocks = b.bounds ? b.sequences : (b.tokens + per_block - 1) / per_block;
   return blocks < 1 ? 1 : (blocks > kMaxBlocks ? kMaxBlocks : blocks);
 }
 
@@ -34,30 +38,32 @@ struct MergeMetric {
   int metric;
   __device__ double operator()(double a, double b) const { return merge_metric(metric, a, b); }
 };
+struct Add {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
 
-__global__ void __launch_bounds__(kThreads)
-    objective_kernel(ObjectiveBatch b, ObjectiveParams params, double* partial, unsigned slot) {
-  ObjectiveSums sums;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < b.tokens;
-       i += stride) {
-    TokenGradient gradient{0.0, 0.0};
-    if (b.keep[i]) {
-      const Token token{b.logprob[i],
-                        b.entropy ? b.entropy[i] : 0.0,
-                        b.old ? b.old[i] : 0.0,
-                        b.ref ? b.ref[i] : 0.0,
-                        b.advantage[i],
-                        b.weight[i],
-                        b.entropy != nullptr,
-                        b.old != nullptr,
-                        b.ref != nullptr};
-      gradient = objective_token(params, token, sums);
-    }
-    b.c[i] = static_cast<float>(gradient.c);
-    b.h[i] = static_cast<float>(gradient.h);
+// Each of the block's `kCount` sums over its threads; every thread ends with all of them.
+template <int kCount>
+__device__ void block_sum(double (&value)[kCount]) {
+  __shared__ double per_warp[kWarps][kCount];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const double total = warp_reduce(value[i], Add{});
+    if (lane == 0) per_warp[warp][i] = total;
   }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    value[i] = per_warp[0][i];
+    for (int w = 1; w < kWarps; ++w) value[i] += per_warp[w][i];
+  }
+  __syncthreads();  // read by all before the next call writes
+}
 
+// The block's sums to scratch; in the last block, all blocks' sums to the loss and the metrics.
+__device__ void finish(const ObjectiveSums& sums, const ObjectiveBatch& b, double* partial,
+                       unsigned slot) {
   __shared__ double per_warp[kWarps][kMetrics];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
@@ -92,22 +98,67 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) b.metrics[i] = totals[i] = total;
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    *b.loss = static_cast<float>(totals[kPolicyLoss] + totals[kKlLoss] + totals[kEntropyLoss]);
+  if (threadIdx.x == 0) *b.loss = static_cast<float>(total_loss(totals));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    token_kernel(ObjectiveBatch b, ObjectiveParams p, double* partial, unsigned slot) {
+  ObjectiveSums sums;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < b.tokens;
+       i += stride) {
+    objective_at(p, b, i, Sequence(), sums);
   }
+  finish(sums, b, partial, slot);
+}
+
+// The first two sweeps over tokens [begin, end): every thread gets the whole sequence's.
+__device__ Sequence sequence_of(const ObjectiveParams& p, const ObjectiveBatch& b, int64_t begin,
+                                int64_t end) {
+  SequenceSums mine;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) mine.add(p, b, i);
+  block_sum(mine.value);
+  Sequence sequence(p, mine);
+  if (p.shares_ratio()) {
+    double through[1] = {0.0};
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+      through[0] += objective_through(p, b, i, sequence);
+    }
+    block_sum(through);
+    sequence.through = through[0];
+  }
+  return sequence;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    sequence_kernel(ObjectiveBatch b, ObjectiveParams p, double* partial, unsigned slot) {
+  ObjectiveSums sums;
+  for (int64_t s = blockIdx.x; s < b.sequences; s += gridDim.x) {
+    // Bounds on a GPU are not checked, which would wait for it; they must not lead outside.
+    const int64_t first = b.bounds[s], past = b.bounds[s + 1];
+    const int64_t begin = first < 0 ? 0 : first, end = past > b.tokens ? b.tokens : past;
+    const Sequence sequence = sequence_of(p, b, begin, end);
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+      objective_at(p, b, i, sequence, sums);
+    }
+  }
+  finish(sums, b, partial, slot);
 }
 
 }  // namespace
 
-int64_t policy_objective_scratch(int64_t tokens) { return blocks_for(tokens) * kMetrics; }
+int64_t policy_objective_scratch(const ObjectiveBatch& batch) {
+  return blocks_for(batch) * kMetrics;
+}
 
 int policy_objective(const ObjectiveBatch& batch, const double* params, double* scratch,
                      void* stream) {
   static std::atomic<unsigned> launches{0};
   const unsigned slot = launches.fetch_add(1, std::memory_order_relaxed) % kTickets;
-  objective_kernel<<<static_cast<unsigned>(blocks_for(batch.tokens)), kThreads, 0,
-                     static_cast<cudaStream_t>(stream)>>>(batch, ObjectiveParams::from(params),
-                                                          scratch, slot);
+  const auto kernel = batch.bounds ? sequence_kernel : token_kernel;
+  kernel<<<static_cast<unsigned>(blocks_for(batch)), kThreads, 0,
+           static_cast<cudaStream_t>(stream)>>>(batch, ObjectiveParams::from(params), scratch,
+                                                slot);
   return cudaGetLastError();
 }
 

@@ -5,7 +5,6 @@
 #include <tuple>
 
 #include "check.h"
-#include "objective.h"
 
 namespace pyrl::cuda {
 namespace {
@@ -55,16 +54,16 @@ void logits_grad_op(const Tensor& z, const Tensor& target, const Tensor& inv_tem
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> objective_terms_op(
     const Tensor& logprob, const std::optional<Tensor>& entropy, const std::optional<Tensor>& old,
-    const std::optional<Tensor>& ref, const Tensor& advantage, const Tensor& weight,
-    const Tensor& keep, const Tensor& params) {
+    const std::optional<Tensor>& ref, const std::optional<Tensor>& rollout,
+    const Tensor& advantage, const Tensor& weight, const Tensor& keep,
+    const std::optional<Tensor>& bounds, const Tensor& params) {
   const OnDevice device(logprob);
-  const double* p = objective_params(params, kParams);
+  const double* p = objective_params(params);
   ObjectiveOutputs out;
-  const ObjectiveBatch b = objective_batch(logprob, entropy, old, ref, advantage, weight, keep,
-                                           kMetrics, out);
+  const ObjectiveBatch b = objective_batch(logprob, entropy, old, ref, rollout, advantage, weight,
+                                           keep, bounds, ObjectiveParams::from(p), out);
   // Freed to the stream's allocator on return: later work on the stream comes after the kernel.
-  const Tensor scratch =
-      output(logprob, {policy_objective_scratch(b.tokens)}, ScalarType::Double);
+  const Tensor scratch = output(logprob, {policy_objective_scratch(b)}, ScalarType::Double);
   check_launch(
       policy_objective(b, p, static_cast<double*>(scratch.data_ptr()), device.stream()),
       "objective_terms");

@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrl.ops.backend import load, select
+from pyrl.ops.backend import load, once_differentiable, select
+from pyrl.ops.head import Head, HeadGradients, Needs, fake_gradients
 from pyrl.ops.linear_logprob import (
-    HeadGradients,
     check_head,
     check_targets,
     chunk_rows,
-    fake_gradients,
     inv_temperature,
     kept_rows,
     linear_logprob,
-    raw_logits,
+    lora_parts,
+    token_ids,
 )
+from pyrl.ops.lora import LoRA
 from pyrl.ops.policy_objective import (
     FORMULA_BACKENDS,
     Fields,
@@ -39,11 +40,15 @@ def linear_policy_loss(
     spec: LossSpec,
     *,
     bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    vocab_size: int | None = None,
+    temperature: float | Tensor | None = None,
     old_logprob: Tensor | None = None,
     ref_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
@@ -61,9 +66,11 @@ def linear_policy_loss(
     8 N D V: the backward forms the logits again.
 
     hidden [T, D] or [B, L, D] · weight [V, D] · bias [V] · everything else as in `policy_objective`
-    and `linear_logprob`; temperature, softcap and logit_scale come from `spec`. Instead of
-    `ref_logprob`, `ref_hidden` and `ref_weight` (default: `weight`) may be given.
-    Returns loss, metrics, and the detached logprob and entropy shaped like target.
+    and `linear_logprob`; softcap, logit_scale and temperature come from `spec`, `temperature`
+    (scalar, or shaped like target) overrides the last. Instead of `ref_logprob`, the reference's
+    `ref_hidden` may be given, with `ref_weight` and `ref_bias` where its head is not `weight` and
+    `bias`; the reference has no `lora`. Returns loss, metrics, and the detached logprob and
+    entropy shaped like target.
 
     ValueError and NotImplementedError as in the two functions it composes.
     """
@@ -74,10 +81,12 @@ def linear_policy_loss(
     if not isinstance(spec, LossSpec):
         raise ValueError(f"spec: expected a LossSpec, got {type(spec).__name__}")
     where = layout(target, mask, cu_seqlens)
-    check_head(hidden, weight, target, bias)
+    vocab = check_head(hidden, weight, target, bias, lora, vocab_size)
+    temperature = spec.temperature if temperature is None else temperature
     name = select(backend, hidden.device)
     head: dict[str, Any] = {
-        "temperature": spec.temperature,
+        "vocab_size": vocab_size,
+        "temperature": temperature,
         "softcap": spec.softcap,
         "logit_scale": spec.logit_scale,
         "mask": mask,
@@ -88,7 +97,10 @@ def linear_policy_loss(
             raise ValueError("ref_hidden and ref_logprob are two sources of one thing: give one")
         with torch.no_grad():
             frozen = weight if ref_weight is None else ref_weight
-            ref_logprob = linear_logprob(ref_hidden, frozen, target, bias=bias, **head).logprob
+            offset = bias if ref_bias is None else ref_bias
+            ref_logprob = linear_logprob(ref_hidden, frozen, target, bias=offset, **head).logprob
+    elif ref_weight is not None or ref_bias is not None:
+        raise ValueError("ref_weight and ref_bias need ref_hidden")
     inputs: dict[str, Any] = {
         "old_logprob": old_logprob,
         "ref_logprob": ref_logprob,
@@ -97,7 +109,7 @@ def linear_policy_loss(
         "denominator": denominator,
     }
     if name in FORMULA_BACKENDS or spec.couples_tokens:
-        out = linear_logprob(hidden, weight, target, bias=bias, **head)
+        out = linear_logprob(hidden, weight, target, bias=bias, lora=lora, **head)
         composed = policy_objective(
             out.logprob,
             advantages,
@@ -110,19 +122,18 @@ def linear_policy_loss(
         )
         return composed._replace(logprob=out.logprob.detach(), entropy=out.entropy.detach())
     fields = collect(where, spec, advantages, **inputs)
-    needs = torch.is_grad_enabled()
+    leaves = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, *lora_parts(lora)[:2])
+    training = torch.is_grad_enabled()
     loss, logprob, entropy, metrics, *_ = _linear_policy_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        target.reshape(-1),
-        inv_temperature(spec.temperature, target),
+        *leaves,
+        token_ids(target),
+        inv_temperature(temperature, target),
         *fields,
         spec.to_json(),
+        1.0 if lora is None else float(lora.scale),
+        vocab,
         name,
-        needs and hidden.requires_grad,
-        needs and weight.requires_grad,
-        needs and bias is not None and bias.requires_grad,
+        [training and v is not None and v.requires_grad for v in leaves],
     )
     return PolicyLoss(
         loss,
@@ -137,6 +148,8 @@ def _linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
     inv_temperature: Tensor,
     old: Tensor | None,
@@ -147,85 +160,92 @@ def _linear_policy_loss(
     keep: Tensor,
     bounds: Tensor | None,
     spec: str,
+    lora_scale: float,
+    vocab: int,
     backend: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, logprob [T], entropy [T], metrics, dloss/dhidden, dloss/dweight, dloss/dbias."""
-    check_targets(target, keep, weight.shape[0])
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, logprob [T], entropy [T], metrics, s, and s times dloss/d(hidden, weight, bias, a, b).
+
+    `needs` as in `HeadGradients`.
+    """
+    check_targets(target, keep, vocab)
     loss_spec, kernels = LossSpec.from_json(spec), load(backend)
     params, scale, cap = loss_spec.params(), loss_spec.logit_scale, loss_spec.softcap or 0.0
     x, index = kept_rows(hidden, keep)
-    step = chunk_rows(x, weight.shape[0])
-    needs = (needs_hidden, needs_weight, needs_bias)
-    grads = HeadGradients(hidden, weight, bias, needs, chunks=-(-len(x) // step))
+    step = chunk_rows(x, vocab)
+    leaves = (hidden, weight, bias, lora_a, lora_b)
+    grads = HeadGradients(*leaves, Needs(*needs), chunks=-(-len(x) // step))
+    head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
     y, inv = target[index], inv_temperature[index]
     fields = Fields(old, ref, rollout, advantage, token_weight, keep, bounds)
     fields_x = fields.rows(index)
-    w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    scale_up = gradient_scale(token_weight, x.dtype)
+    fields_x = fields_x._replace(weight=fields_x.weight * scale_up)
     logprob, entropy = (torch.zeros(target.shape, device=x.device) for _ in range(2))
     for i in range(0, len(x), step):
         rows = slice(i, i + step)
         where = rows if isinstance(index, slice) else index[rows]
-        z = raw_logits(x[rows], w, b)
+        z = head.logits(x[rows])
         stats = kernels.logits_stats(z, y[rows], inv[rows], scale, cap)
         logprob[where], entropy[where] = stats[0], stats[1]
         if any(grads.needs):
             part = fields_x.rows(rows)
             _, c, h, _ = kernels.objective_terms(stats[0], stats[1], *part, params)
             kernels.logits_grad_(z, y[rows], inv[rows], scale, cap, stats[2], stats[1], c, h, None)
-            grads.add(z, x[rows], w, where)
+            grads.add(z, x[rows], head, where)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
     loss, _, _, metrics = kernels.objective_terms(logprob, entropy, *fields, params)
-    return loss, logprob, entropy, metrics, *grads.result()
+    return loss, logprob, entropy, metrics, scale_up, *grads.result(lora_scale)
+
+
+def gradient_scale(token_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 0-d: a power of two that brings the largest token weight near 1 for f16, else 1.
+
+    The gradients are formed before the caller's loss scale is known: at a denominator of 1e6 tokens
+    f16 would lose them to underflow.
+    """
+    if dtype != torch.float16 or token_weight.numel() == 0:
+        return token_weight.new_ones(())
+    largest = token_weight.abs().amax().clamp(min=2.0**-100)
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
 
 
 @_linear_policy_loss.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    target,
-    inv_temperature,
-    old,
-    ref,
-    rollout,
-    advantage,
-    token_weight,
-    keep,
-    bounds,
-    spec,
-    backend,
-    needs_hidden,
-    needs_weight,
-    needs_bias,
-):
+def _(hidden, weight, bias, lora_a, lora_b, target, *rest):
     vector = hidden.new_empty(target.shape, dtype=torch.float32)
     metrics = hidden.new_empty(len(METRICS), dtype=torch.float64)
-    gradients = fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
-    return vector.new_empty(()), vector, torch.empty_like(vector), metrics, *gradients
+    gradients = fake_gradients(hidden, weight, bias, lora_a, lora_b, Needs(*rest[-1]))
+    zero_dim = vector.new_empty(())
+    scale = torch.empty_like(zero_dim)
+    return zero_dim, vector, torch.empty_like(vector), metrics, scale, *gradients
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     # Detached, or the graph would hold itself; not save_for_backward, whose reference would make
     # autograd copy dweight instead of taking it over.
-    ctx.gradients = [v.detach() for v in output[4:]]
+    ctx.gradients = [v.detach() for v in output[5:]]
+    ctx.scale = output[4].detach()
 
 
 def _backward(ctx, g, *_):
+    once_differentiable("linear_policy_loss")
     if ctx.gradients is None:
         raise RuntimeError(
             "linear_policy_loss: backward ran a second time; its gradients were formed in the "
             "forward and handed over in the first"
         )
-    if torch.compiler.is_compiling():
-        dx, dw, db = (v * g for v in ctx.gradients)
+    factor = g / ctx.scale
+    if ctx.gradients[0].dtype == torch.float16:
+        scaled = [(v.float() * factor).to(v.dtype) for v in ctx.gradients]
+    elif torch.compiler.is_compiling():
+        scaled = [v * factor for v in ctx.gradients]
     else:
-        dx, dw, db = (v.mul_(g) for v in ctx.gradients)  # a second dweight would double the peak
+        scaled = [v.mul_(factor) for v in ctx.gradients]  # a second dweight: twice the peak
+    if not torch.compiler.is_compiling():
         ctx.gradients = None
-    used = ctx.needs_input_grad
-    gradients = (dx if used[0] else None, dw if used[1] else None, db if used[2] else None)
+    used = ctx.needs_input_grad[:5]
+    gradients = (v if wanted else None for v, wanted in zip(scaled, used, strict=True))
     return *gradients, *([None] * 14)
 
 

@@ -139,8 +139,12 @@ def _interprets(name: str, device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _automatic(device_type: str) -> str:
+    return _best(device_type)  # behind one more call: tracing looks through functools.cache
+
+
+@functools.cache
+def _best(device_type: str) -> str:
     skipped: list[str] = []
     for name, (_, devices) in TABLE.items():
         if device_type not in devices:
@@ -152,3 +156,14 @@ def _automatic(device_type: str) -> str:
             return name
         skipped.append(f"{name}: {reason}")
     raise BackendUnavailableError(f"no backend serves {device_type} tensors: {'; '.join(skipped)}")
+
+
+def once_differentiable(name: str) -> None:
+    """RuntimeError inside a backward that is itself being differentiated.
+
+    A closed-form gradient has no graph: a second derivative would silently be 0.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name}: no second derivative (create_graph=True); backend='reference' has one"
+        )

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from pyrl.ops import reference
-from pyrl.ops.backend import load, select
-from pyrl.ops.shapes import check_shape, layout
+from pyrl.ops.backend import load, once_differentiable, select
+from pyrl.ops.head import Head, HeadGradients, Needs, fake_gradients
+from pyrl.ops.lora import LoRA
+from pyrl.ops.shapes import check_shape, layout, on_cpu
+from pyrl.ops.sharded import check_whole
 
 #: Bytes of one chunk of logits. CPU: what stays near the last-level cache while the GEMMs over it
 #: are still long enough to run at full rate. GPU: what keeps the GEMMs saturated.
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LogProb(NamedTuple):
@@ -34,6 +40,8 @@ def linear_logprob(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    vocab_size: int | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -45,43 +53,86 @@ def linear_logprob(
     the entropy and the logsumexp of the same distribution, and no `[T, V]` tensor.
 
     hidden [T, D] or [B, L, D] (f32, bf16, f16) · weight [V, D] · target [T] or [B, L] integers in
-    [0, V), aligned: hidden[t] predicts target[t] · bias [V] · temperature scalar, [T] or [B, L] ·
-    mask like target, true = computed. Natural logarithms. Differentiable in hidden, weight and
-    bias through all three outputs; gradients have their input's dtype and are accumulated in fp32.
+    [0, V), aligned: hidden[t] predicts target[t] · bias [V] · lora: the head is weight + scale * b
+    @ a, never formed · vocab_size: rows of weight, bias and b from there on are padding, neither
+    read nor given a gradient, and V = vocab_size · temperature scalar, [T] or [B, L] · mask like
+    target, true = computed. Natural logarithms. Differentiable in hidden, weight, bias, lora.a and
+    lora.b through all three outputs; gradients have their input's dtype and are accumulated in
+    fp32; one that is not needed (a frozen weight) costs no GEMM.
 
-    ValueError for a wrong shape, dtype or device, and for a kept target outside [0, V), named with
-    its position. NotImplementedError for `support` (sampling-support replay is not built yet).
+    ValueError for a wrong shape, dtype or device, for a kept target outside [0, V), named with its
+    position, and for a sharded weight, with what to do. NotImplementedError for
+    `support` (sampling-support replay is not built yet).
     """
     if support is not None:
         raise NotImplementedError("linear_logprob: support is not implemented by any backend yet")
     where = layout(target, mask, None)
-    check_head(hidden, weight, target, bias)
+    vocab = check_head(hidden, weight, target, bias, lora, vocab_size)
     x = hidden.reshape(-1, hidden.shape[-1])
-    y = target.reshape(-1)
+    y = token_ids(target)
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap={softcap!r}: expected None or a finite number > 0")
     inv, cap = inv_temperature(temperature, target), softcap or 0.0
+    a, b, scale = lora_parts(lora)
     name = select(backend, hidden.device)
     if name == "reference":
-        check_targets(y, where.keep, weight.shape[0])
-        out = reference.linear_logprob(x, weight, y, bias, inv, cap, logit_scale, where.keep)
+        check_targets(y, where.keep, vocab)
+        weight = weight if lora is None else lora.merged(weight)
+        bias = None if bias is None else bias[:vocab]
+        out = reference.linear_logprob(
+            x, weight[:vocab], y, bias, inv, cap, logit_scale, where.keep
+        )
     else:
-        out = _linear_logprob(x, weight, y, bias, inv, where.keep, cap, logit_scale, name)
+        keep = where.keep
+        out = _linear_logprob(
+            x, weight, y, bias, a, b, inv, keep, scale, cap, logit_scale, vocab, name
+        )
     return LogProb(*(v.float().reshape(target.shape) for v in out))
 
 
-def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    """Shapes, dtypes and devices of a linear head and its target."""
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None = None,
+    vocab_size: int | None = None,
+) -> int:
+    """V, after checking shapes, dtypes and devices of a linear head and its target."""
+    check_whole("weight", weight)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight: expected floating [V, D], got {weight.dtype} {tuple(weight.shape)}"
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target: expected integer token ids, got {target.dtype}")
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden: expected a floating dtype, got {hidden.dtype}")
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        if value.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected one of {list(DTYPES)}, got {value.dtype}")
     check_shape("hidden", hidden, (*target.shape, weight.shape[1]), target.device)
     check_shape("weight", weight, weight.shape, target.device)
     if bias is not None:
+        check_whole("bias", bias)
         check_shape("bias", bias, weight.shape[:1], target.device)
+    if lora is not None:
+        lora.check(weight)
+    if vocab_size is None:
+        return weight.shape[0]
+    if not 0 < vocab_size <= weight.shape[0]:
+        raise ValueError(
+            f"vocab_size={vocab_size}: expected 1 to {weight.shape[0]}, the rows of weight"
+        )
+    return vocab_size
+
+
+def lora_parts(lora: LoRA | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """a, b and scale, as the registered ops take them."""
+    return (None, None, 1.0) if lora is None else (lora.a, lora.b, float(lora.scale))
+
+
+def token_ids(target: Tensor) -> Tensor:
+    """int64 [T], contiguous, of any integer dtype and stride."""
+    return target.reshape(-1).long().contiguous()
 
 
 def check_targets(target: Tensor, keep: Tensor, vocabulary: int) -> None:
@@ -103,6 +154,12 @@ def inv_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     if temperature.dim() == 0:
         temperature = temperature.expand(like.shape)
     check_shape("temperature", temperature, like.shape, like.device)
+    if on_cpu(temperature):
+        bad = (~(temperature > 0) | temperature.isinf()).flatten().nonzero()
+        if bad.numel():
+            i = int(bad[0])
+            value = float(temperature.flatten()[i])
+            raise ValueError(f"temperature[{i}] = {value}: expected a finite number > 0")
     return temperature.detach().reshape(-1).float().reciprocal()
 
 
@@ -111,67 +168,6 @@ def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
     size = 4 if hidden.device.type == "cuda" else hidden.element_size()
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
     return max(1, budget // (size * max(vocabulary, 1)))
-
-
-def raw_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias as [n, V]; fp32 on CUDA, where the GEMM can keep its accumulator."""
-    if x.device.type == "cuda" and x.dtype != torch.float32:
-        z = torch.mm(x, weight.t(), out_dtype=torch.float32)
-        return z if bias is None else z.add_(bias.float())
-    if bias is None:
-        return torch.mm(x, weight.t())
-    return torch.addmm(bias, x, weight.t())  # one rounding, not two
-
-
-class HeadGradients:
-    """fp32 accumulators of dweight and dbias, and dhidden of the kept rows."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs: tuple[bool, bool, bool],
-        chunks: int,
-    ) -> None:
-        self.chunks = chunks
-        self.needs = needs
-        self.hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
-        self.weight = hidden.new_zeros(weight.shape if needs[1] else (0,), dtype=torch.float32)
-        used = bias is not None and needs[2]
-        self.bias = hidden.new_zeros(weight.shape[:1] if used else (0,), dtype=torch.float32)
-        self._dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
-
-    def add(self, dz: Tensor, x: Tensor, weight: Tensor, index: Tensor | slice) -> None:
-        """One chunk: dz [n, V] of rows x [n, D], which are rows `index` of hidden."""
-        dz = dz.to(x.dtype)
-        if self.needs[0]:
-            self.hidden[index] = torch.mm(dz, weight)
-        if self.bias.numel():
-            self.bias += dz.sum(dim=0, dtype=torch.float32)
-        if not self.needs[1]:
-            return
-        if x.dtype == torch.float32:
-            self.weight.addmm_(dz.t(), x)
-            return
-        if x.device.type == "cuda":
-            self.weight += torch.mm(dz.t(), x, out_dtype=torch.float32)
-            return
-        # Half-precision GEMMs on the CPU round their result. One chunk's result is rounded at the
-        # end anyway; parts of a sum may cancel, so they are formed in fp32, a slab of the
-        # vocabulary at a time to keep the casts in cache.
-        exact = self.chunks > 1
-        x = x.float() if exact else x
-        for v in range(0, self.weight.shape[0], 4096):
-            part = dz[:, v : v + 4096].t()
-            if exact:
-                self.weight[v : v + 4096].addmm_(part.float(), x)
-            else:
-                self.weight[v : v + 4096] = torch.mm(part, x)
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dhidden, dweight, dbias in their input's dtype; what is not needed is empty."""
-        return self.hidden, self.weight.to(self._dtypes[0]), self.bias.to(self._dtypes[1])
 
 
 def kept_rows(hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | slice]:
@@ -188,23 +184,27 @@ def _linear_logprob(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     inv_temperature: Tensor,
     keep: Tensor,
+    lora_scale: float,
     softcap: float,
     logit_scale: float,
+    vocab: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_targets(target, keep, weight.shape[0])
+    check_targets(target, keep, vocab)
     kernels = load(backend)
     outputs = [torch.zeros(target.shape, device=hidden.device) for _ in range(3)]
     x, index = kept_rows(hidden, keep)
     y, inv = target[index], inv_temperature[index]
-    w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
     packed = [torch.empty(y.shape, device=x.device) for _ in range(3)]
-    step = chunk_rows(x, weight.shape[0])
+    step = chunk_rows(x, vocab)
     for i in range(0, len(y), step):
         rows = slice(i, i + step)
-        z = raw_logits(x[rows], w, b)
+        z = head.logits(x[rows])
         stats = kernels.logits_stats(z, y[rows], inv[rows], logit_scale, softcap)
         for full, part in zip(packed, stats, strict=True):
             full[rows] = part
@@ -214,7 +214,7 @@ def _linear_logprob(
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, target, bias, inv_temperature, keep, softcap, logit_scale, backend):
+def _(hidden, weight, target, *rest):
     return tuple(hidden.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
 
 
@@ -224,6 +224,8 @@ def _linear_logprob_backward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     inv_temperature: Tensor,
     keep: Tensor,
     entropy: Tensor,
@@ -231,101 +233,55 @@ def _linear_logprob_backward(
     c: Tensor,
     h: Tensor,
     g: Tensor,
+    lora_scale: float,
     softcap: float,
     logit_scale: float,
+    vocab: int,
     backend: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight, dbias for dL/dlogprob = c, dL/dentropy = h, dL/dlse = g."""
+    needs: list[bool],
+    partial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dhidden, dweight, dbias, da, db for dL/dlogprob = c, dL/dentropy = h, dL/dlse = g.
+
+    `needs` and `partial` as in `HeadGradients`.
+    """
     kernels = load(backend)
     # Rows without a gradient (clipped, zero advantage) take no part in the GEMMs.
     x, index = kept_rows(hidden, keep & ((c != 0) | (h != 0) | (g != 0)))
-    step = chunk_rows(x, weight.shape[0])
-    needs = (needs_hidden, needs_weight, needs_bias)
-    grads = HeadGradients(hidden, weight, bias, needs, chunks=-(-len(x) // step))
+    step = chunk_rows(x, vocab)
+    leaves = (hidden, weight, bias, lora_a, lora_b)
+    grads = HeadGradients(*leaves, Needs(*needs), chunks=-(-len(x) // step), partial=partial)
     rows_of = [v[index] for v in (target, inv_temperature, lse, entropy, c, h, g)]
-    w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
     for i in range(0, len(x), step):
         rows = slice(i, i + step)
         y, inv, lse_i, entropy_i, c_i, h_i, g_i = (v[rows].contiguous() for v in rows_of)
-        z = raw_logits(x[rows], w, b)
+        z = head.logits(x[rows])
         kernels.logits_grad_(z, y, inv, logit_scale, softcap, lse_i, entropy_i, c_i, h_i, g_i)
-        grads.add(z, x[rows], w, rows if isinstance(index, slice) else index[rows])
-    return grads.result()
+        grads.add(z, x[rows], head, rows if isinstance(index, slice) else index[rows])
+    return grads.result(lora_scale)
 
 
 @_linear_logprob_backward.register_fake
-def _(
-    hidden,
-    weight,
-    target,
-    bias,
-    inv_temperature,
-    keep,
-    entropy,
-    lse,
-    c,
-    h,
-    g,
-    softcap,
-    logit_scale,
-    backend,
-    needs_hidden,
-    needs_weight,
-    needs_bias,
-):
-    return fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
-
-
-def fake_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of `HeadGradients.result`, for tracing."""
-    dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs_bias else 0)
-    dhidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
-    return dhidden, weight.new_empty(weight.shape if needs_weight else 0), dbias
+def _(hidden, weight, target, bias, lora_a, lora_b, *rest):
+    *_, needs, partial = rest
+    return fake_gradients(hidden, weight, bias, lora_a, lora_b, Needs(*needs), partial)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, weight, target, bias, inv_temperature, keep, *ctx.rest = inputs
-    _, entropy, lse = output
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(hidden, weight, target, bias, inv_temperature, keep, entropy, lse)
+    ctx.save_for_backward(*inputs[:8], *output[1:])
+    ctx.rest = inputs[8:]
 
 
 def _backward(ctx, c, h, g):
-    hidden, weight, target, bias, inv_temperature, keep, entropy, lse = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    once_differentiable("linear_logprob")
+    used = ctx.needs_input_grad
+    needs = [used[0], used[1], used[3], used[4], used[5]]
+    lse = ctx.saved_tensors[-1]
     c, h, g = (torch.zeros_like(lse) if v is None else v.contiguous() for v in (c, h, g))
-    dx, dw, db = _linear_logprob_backward(
-        hidden,
-        weight,
-        target,
-        bias,
-        inv_temperature,
-        keep,
-        entropy,
-        lse,
-        c,
-        h,
-        g,
-        *ctx.rest,
-        *needs,
-    )
-    return (
-        dx if needs[0] else None,
-        dw if needs[1] else None,
-        None,
-        db if needs[2] and ctx.has_bias else None,
-        *([None] * 5),
-    )
+    grads = _linear_logprob_backward(*ctx.saved_tensors, c, h, g, *ctx.rest, needs, False)
+    dx, dw, db, da, dlb = (v if wanted else None for v, wanted in zip(grads, needs, strict=True))
+    return dx, dw, None, db, da, dlb, *([None] * 7)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup)

@@ -18,6 +18,13 @@ from pyrl.ops.spec import METRICS, LossSpec
 
 #: Bounds of vespo's log-weights.
 LOG_TINY, LOG_HUGE = math.log(1e-8), 20.0
+#: Largest argument of `capped_exp`.
+EXP_CAP = {torch.float64: 700.0, torch.float32: 80.0}
+
+
+def capped_exp(x: Tensor) -> Tensor:
+    """exp(min(x, 700)), differentiated as exp: huge but finite, so that 0 times it is 0."""
+    return (x - (x - EXP_CAP[x.dtype]).clamp(min=0).detach()).exp()
 
 
 class Segments:
@@ -89,9 +96,14 @@ def cispo(t: Tokens, spec: LossSpec) -> Policy:
     return Policy(loss, t.ratio, r < spec.cispo_low, r > spec.cispo_high)
 
 
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    # torch.where of two numbers would round them to fp32.
+    return torch.where(condition, yes, torch.full_like(like, no))
+
+
 def sapo(t: Tokens, spec: LossSpec) -> Policy:
     """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A."""
-    tau = torch.where(t.advantage > 0, spec.sapo_tau_pos, spec.sapo_tau_neg).to(t.ratio.dtype)
+    tau = _choose(t.advantage > 0, spec.sapo_tau_pos, spec.sapo_tau_neg, t.ratio)
     return Policy(-t.advantage * (4 / tau) * torch.sigmoid(tau * (t.ratio - 1)), t.ratio)
 
 
@@ -101,7 +113,7 @@ def gmpo(t: Tokens, spec: LossSpec) -> Policy:
     delta, a = t.logprob - t.old, t.advantage
     low, high = (a < 0) & (delta < -spec.clip_low), (a > 0) & (delta > spec.clip_high)
     clipped = torch.where(low, -spec.clip_low, torch.where(high, spec.clip_high, delta))
-    ratio = t.segments.mean(clipped).exp()
+    ratio = capped_exp(t.segments.mean(clipped))
     return Policy(-a * ratio, ratio, low, high)
 
 
@@ -112,8 +124,8 @@ def vespo(t: Tokens, spec: LossSpec) -> Policy:
     log_weight = t.log_weight.clamp(LOG_TINY, LOG_HUGE)
     log_w = t.segments.sum(delta + log_weight).clamp(LOG_TINY, LOG_HUGE)
     positive = t.advantage >= 0
-    k = torch.where(positive, spec.vespo_k_pos, spec.vespo_k_neg).to(log_w.dtype)
-    rate = torch.where(positive, spec.vespo_lambda_pos, spec.vespo_lambda_neg).to(log_w.dtype)
+    k = _choose(positive, spec.vespo_k_pos, spec.vespo_k_neg, log_w)
+    rate = _choose(positive, spec.vespo_lambda_pos, spec.vespo_lambda_neg, log_w)
     phi = (rate + k * log_w - rate * log_w.exp()).exp()
     return Policy(-phi * t.advantage * t.logprob, t.ratio)
 
@@ -143,19 +155,19 @@ POLICY_TERMS: dict[str, Callable[[Tokens, LossSpec], Policy]] = {
 
 
 def kl_term(logprob: Tensor, ref: Tensor, kind: str) -> Tensor:
-    """Per-token KL estimate [T] with d = ref - logprob: k1 -d, k2 d^2/2, k3 exp(d) - d - 1, abs |d|,
-    k3_st the value of k3 with the gradient of k2."""
+    """Per-token KL estimate [T] with d = ref - logprob: k1 -d, k2 d^2/2, k3 exp(d) - d - 1,
+    abs |d|, k3_st the value of k3 with the gradient of k2."""
     d = ref - logprob
     if kind == "k1":
         return -d
     if kind == "k2":
         return d.square() / 2
     if kind == "k3":
-        return d.exp() - d - 1
+        return capped_exp(d) - d - 1
     if kind == "abs":
         return d.abs()
     through = d.square() / 2
-    return (d.exp() - d - 1).detach() + through - through.detach()
+    return (capped_exp(d) - d - 1).detach() + through - through.detach()
 
 
 def effective_ratio(logprob: Tensor, old: Tensor, segments: Segments | None, level: str) -> Tensor:
@@ -165,7 +177,7 @@ def effective_ratio(logprob: Tensor, old: Tensor, segments: Segments | None, lev
         assert segments is not None
         mean = segments.mean(delta)
         delta = mean if level == "sequence" else mean.detach() + delta - delta.detach()
-    return delta.exp()
+    return capped_exp(delta)
 
 
 class Correction(NamedTuple):
@@ -238,7 +250,7 @@ def policy_objective_terms(
         corrected = correction_weight(old, unscored, keep, segments, spec)
     tokens = Tokens(logp, old, adv, ratio, corrected.weight.log(), segments)
     policy = POLICY_TERMS[spec.objective](tokens, spec)
-    term = policy.loss
+    term = torch.where(adv == 0, zero, policy.loss)  # selected: the log-prob may be -inf
     if spec.correction is not None and spec.objective != "vespo":
         # Selected, not multiplied: a masked token's term may be infinite.
         term = torch.where(corrected.weight > 0, corrected.weight * term, zero)
@@ -294,7 +306,7 @@ def _extreme(values: Tensor, where: Tensor, sign: float) -> Tensor:
 
 
 def _k3(d: Tensor) -> Tensor:
-    return d.exp() - d - 1
+    return capped_exp(d) - d - 1
 
 
 def _sums(

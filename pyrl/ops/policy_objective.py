@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrl.ops.backend import load, select
+from pyrl.ops.backend import load, once_differentiable, select
 from pyrl.ops.objective import policy_objective_terms
 from pyrl.ops.shapes import Layout, check_finite, flat_float, layout, per_token, token_weights
 from pyrl.ops.spec import METRICS, LossSpec
@@ -48,9 +48,7 @@ class Fields(NamedTuple):
 
     def double(self) -> Fields:
         """The same fields in float64, for the oracle."""
-        return Fields(
-            *(v.double() if v is not None and v.is_floating_point() else v for v in self)
-        )
+        return Fields(*(v.double() if v is not None and v.is_floating_point() else v for v in self))
 
 
 def policy_objective(
@@ -103,7 +101,7 @@ def policy_objective(
         entropy = entropy.reshape(-1)
     flat = logprob.reshape(-1)
     # Autograd carries the gradient back through these casts to the caller's dtype.
-    if name == "reference":
+    if name in FORMULA_BACKENDS and flat.device.type != "mps":  # which has no float64
         flat, fields = flat.double(), fields.double()
         entropy = None if entropy is None else entropy.double()
     else:
@@ -195,6 +193,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx, g, *_):
+    once_differentiable("policy_objective")
     c, h = ctx.saved_tensors
     # Selecting keeps 0 * inf out of tokens that have no gradient.
     dlogprob = torch.where(c != 0, c * g, 0.0)

@@ -49,6 +49,9 @@ def layout(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layo
     else:
         check_shape("mask", mask, like.shape, like.device)
         keep = mask.bool()
+        if mask.dtype != torch.bool and on_cpu(mask) and not bool((mask == keep).all()):
+            i = int((mask != keep).flatten().nonzero()[0])
+            raise ValueError(f"mask[{i}] = {float(mask.flatten()[i])}: expected 0 or 1")
     if like.dim() == 2:
         if cu_seqlens is not None:
             raise ValueError(
@@ -71,7 +74,7 @@ def _check_bounds(cu_seqlens: Tensor, like: Tensor) -> Tensor:
         )
     bounds = cu_seqlens.to(like.device, torch.int64)
     # Values are checked where that costs no wait for the device and does not break a traced graph.
-    if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_cpu(bounds):
         if int(bounds[0]) != 0 or int(bounds[-1]) != like.numel():
             raise ValueError(
                 f"cu_seqlens must run from 0 to T={like.numel()}, "
@@ -124,9 +127,14 @@ def per_token(name: str, value: Tensor, where: Layout) -> Tensor:
     return spread
 
 
+def on_cpu(value: Tensor) -> bool:
+    """Whether looking at values is free: no wait for a device, no break of a traced graph."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_finite(name: str, value: Tensor, keep: Tensor) -> None:
     """ValueError naming the first kept position that is not finite (on the CPU, untraced)."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    if not on_cpu(value):
         return
     bad = (~value.isfinite() & keep).nonzero()
     if bad.numel():
@@ -140,15 +148,22 @@ def token_weights(
     """fp32 [T]: the factor of each kept token's loss, 0 elsewhere.
 
     token_mean 1/N · sequence_mean 1/(B n_s) · sequence_sum 1/B · constant 1/(B max_length) ·
-    weighted w_t/sum(w), with N, B or sum(w) replaced by `denominator` (clamped to >= 1) if given:
-    the count over the whole optimizer step, so that micro-batches and ranks sum without division.
+    weighted w_t/sum(w), with N, B or sum(w) replaced by `denominator` if given: the sum over the
+    whole optimizer step, so that micro-batches and ranks add up without division. A count below 1
+    is taken as 1, a sum of weights of 0 too.
     """
     keep = where.keep
     device = keep.device
     if denominator is not None:
-        total = torch.as_tensor(denominator, dtype=torch.float64, device=device).clamp(min=1)
+        total = torch.as_tensor(denominator, dtype=torch.float64, device=device)
         if total.dim() != 0:
             raise ValueError(f"denominator: expected one number, got shape {tuple(total.shape)}")
+        if on_cpu(total) and not (total.isfinite() and total >= 0):
+            raise ValueError(f"denominator={float(total)}: expected a finite number >= 0")
+        if spec.aggregation == "weighted":
+            total = torch.where(total == 0, 1.0, total)
+        else:
+            total = total.clamp(min=1)
     if spec.aggregation in ("token_mean", "weighted"):
         factor = keep.double()
         if spec.aggregation == "weighted":

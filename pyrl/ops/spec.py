@@ -80,8 +80,8 @@ METRICS = (
     "ratio_sq_sum",  # with ratio_sum: effective sample size
     "ratio_min",
     "ratio_max",
-    "clip_low",  # clip, dppo, gmpo: A < 0 and the low bound stops the gradient; cispo: ratio < low
-    "clip_high",  # clip, dppo, gmpo: A > 0 and the high bound stops the gradient; cispo: ratio > high
+    "clip_low",  # A < 0 and the low bound stops the gradient; cispo: ratio < cispo_low
+    "clip_high",  # A > 0 and the high bound stops the gradient; cispo: ratio > cispo_high
     "dual_clip",  # A < 0, -ratio * A > -dual_clip * A
     "correction_sum",  # correction weights after truncation, masked ones as 0
     "correction_sq_sum",  # with correction_sum: effective sample size
@@ -171,8 +171,8 @@ class LossSpec:
     clip_low: float = 0.2
     """Distance below 1 at which the ratio is clipped, in [0, 1] (gmpo: bound on -delta)."""
     clip_high: float = 0.2
-    """Distance above 1 at which the ratio is clipped, >= 0 (DAPO's clip-higher: 0.28; gmpo: bound on
-    delta itself)."""
+    """Distance above 1 at which the ratio is clipped, >= 0 (DAPO's clip-higher: 0.28; gmpo: bound
+    on delta itself)."""
     dual_clip: float | None = None
     """For A < 0 the policy term is at most -dual_clip * A; > 1."""
     delta: float | None = None
@@ -233,8 +233,8 @@ class LossSpec:
     """token_mean: 1/N; sequence_mean: 1/(B n_s); sequence_sum: 1/B; constant: 1/(B max_length);
     weighted: w_t / sum w."""
     max_length: int | None = None
-    """Length that `aggregation="constant"` divides by (Dr.GRPO); a loss with that aggregation raises
-    without it."""
+    """Length that `aggregation="constant"` divides by (Dr.GRPO); a loss with that aggregation
+    raises without it."""
     temperature: float = 1.0
     """Sampling temperature: logits are divided by it before the softmax."""
     softcap: float | None = None
@@ -281,6 +281,8 @@ class LossSpec:
         elif hint is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"LossSpec.{name}={value!r}: expected true or false")
+        elif hint == int | None and type(value) is not int:
+            raise ValueError(f"LossSpec.{name}={value!r}: expected a whole number")
         else:
             low, high = _RANGES[name]
             is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -178,20 +178,11 @@ def test_opcheck_and_fullgraph(backend):
     hidden, weight, target, advantages, f = inputs()
     spec = SPECS["grpo"]
     one, adv = torch.ones(T, device=DEVICE), torch.randn(T, device=DEVICE)
-    args = (
-        hidden,
-        weight,
-        f["bias"],
-        target,
-        one,
-        f["old_logprob"],
-        f["ref_logprob"],
-        adv,
-        one / T,
-    )
+    leaves = (hidden, weight, f["bias"], None, None)
+    fields = (f["old_logprob"], f["ref_logprob"], None, adv, one / T, f["mask"], None)
     torch.library.opcheck(
         _linear_policy_loss,
-        (*args, f["mask"], spec.to_json(), backend, True, True, True),
+        (*leaves, target, one, *fields, spec.to_json(), 1.0, V, backend, [True] * 3 + [False] * 2),
         # In-place scaling of saved gradients is eager's; tracing takes the other branch, and is
         # compared with eager below.
         test_utils=("test_schema", "test_faketensor"),

@@ -68,14 +68,39 @@ def test_a_matrix_of_more_than_two_billion_logits():
     assert z[-1, -1].item() == pytest.approx(1 - math.exp(logprob[-1].item()), rel=2**-7)
 
 
+#: Both kernels and every function of csrc/objective.h.
+SPECS = {
+    "clip": LossSpec(dual_clip=2.0, delta=4.0, kl_coef=0.05, entropy_coef=0.01),
+    "reinforce": LossSpec(objective="reinforce", kl="k2", kl_coef=0.05, correction="tis"),
+    "cispo": LossSpec.preset("cispo", cispo_high=1.2, kl="abs", kl_coef=0.1, correction="icepop"),
+    "sapo": LossSpec.preset("sapo", kl="k3_st", kl_coef=0.1, kl_clamp=0.2),
+    "dppo": LossSpec.preset("dppo", dppo_divergence="kl", kl="k1", kl_coef=0.1),
+    "gspo": LossSpec.preset("gspo", kl_coef=0.05, kl_ratio_weighted=True, entropy_coef=0.01),
+    "gspo_token": LossSpec.preset("gspo_token", correction="mis", correction_level="geometric"),
+    "gmpo": LossSpec.preset("gmpo", correction="mis", correction_level="sequence"),
+    "vespo": LossSpec.preset("vespo", correction="tis", off_policy_threshold=0.1),
+}
+
+
+def objective_inputs(T, spec, seed):
+    """Ragged sequences of up to 3000 tokens; NaN in every vector that may hold it."""
+    g = torch.Generator().manual_seed(seed)
+    logprob = -torch.rand(T, generator=g) * 5
+    old, ref, rollout = (logprob + 0.3 * torch.randn(T, generator=g) for _ in range(3))
+    old[::9], ref[::11], rollout[::13] = math.nan, math.nan, math.nan
+    entropy, advantage, weight = torch.randn(3, T, generator=g)
+    keep = torch.rand(T, generator=g) < 0.7
+    bounds = torch.randint(0, 3001, (T // 1000 + 2,), generator=g).cumsum(0).clamp(max=T)
+    bounds[0], bounds[-1] = 0, T
+    fields = (logprob, entropy, old, ref, rollout, advantage, weight, keep)
+    return (*fields, bounds if spec.couples_tokens else None)
+
+
 @pytest.mark.parametrize("T", (0, 1, 700, 3_000_001))
-def test_objective(T):
-    generator = torch.Generator().manual_seed(T)
-    logprob, entropy, old, ref, advantage, weight = torch.randn(6, T, generator=generator)
-    keep = torch.rand(T, generator=generator) < 0.7
-    old[::9], ref[::11] = math.nan, math.nan
-    inputs = (logprob, entropy, old, ref, advantage, weight, keep)
-    params = LossSpec(dual_clip=2.0, kl_coef=0.05, entropy_coef=0.01).params()
+@pytest.mark.parametrize("name", SPECS)
+def test_objective(name, T):
+    spec = SPECS[name]
+    inputs, params = objective_inputs(T, spec, seed=T), spec.params()
     expected = ops.objective_terms(*inputs, params)
     actual = ops.objective_terms(*on_gpu(*inputs), params)
     for a, e in zip(actual, expected, strict=True):
@@ -84,9 +109,19 @@ def test_objective(T):
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
-def test_objective_on_several_streams_at_once():
-    inputs = on_gpu(*torch.randn(6, 300_000), torch.ones(300_000, dtype=torch.bool))
-    params = LossSpec(kl_coef=0.05).params()
+@pytest.mark.parametrize("bounds", ([0, 200_001], [0, 0, 65_537, 65_537, 200_001]), ids=str)
+def test_objective_of_sequences_far_longer_than_a_block(bounds):
+    inputs = (*objective_inputs(200_001, SPECS["clip"], 0)[:-1], torch.tensor(bounds))
+    params = SPECS["gspo"].params()
+    expected = ops.objective_terms(*inputs, params)
+    for a, e in zip(ops.objective_terms(*on_gpu(*inputs), params), expected, strict=True):
+        close(a, e, rtol=1e-6 if e.dtype == torch.float32 else 1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ("clip", "gspo"))
+def test_objective_on_several_streams_at_once(name):
+    spec = SPECS[name]
+    inputs, params = on_gpu(*objective_inputs(300_000, spec, 0)), spec.params()
     expected = ops.objective_terms(*inputs, params)
     torch.cuda.synchronize()
     results = []

@@ -131,11 +131,16 @@ def test_property_padded_equals_packed_equals_oracle(backend, t, d, v, seed):
 def test_opcheck(backend):
     h, w, b, y, mask, co = inputs(6, 8, 13, torch.float32, bias=True)
     inv = torch.ones(6, device=DEVICE)
-    torch.library.opcheck(_linear_logprob, (h, w, y, b, inv, mask, 0.0, 1.0, backend))
-    _, entropy, lse = _linear_logprob(h, w, y, b, inv, mask, 0.0, 1.0, backend)
-    rest = (entropy.detach(), lse.detach(), *co, 0.0, 1.0, backend, True, True, True)
-    detached = (h.detach(), w.detach(), y, b.detach(), inv, mask)
-    torch.library.opcheck(_linear_logprob_backward, (*detached, *rest))
+    low, up = (torch.randn(*shape, device=DEVICE) for shape in ((2, 8), (13, 2)))
+    for adapter in ((None, None), (low.requires_grad_(), up.requires_grad_())):
+        args = (h, w, y, b, *adapter, inv, mask)
+        rest = (0.5, 0.0, 1.0, 13, backend)
+        torch.library.opcheck(_linear_logprob, (*args, *rest))
+        _, entropy, lse = _linear_logprob(*args, *rest)
+        saved = [v.detach() if v is not None else None for v in (*args, entropy, lse)]
+        needs = [True, True, True, *(v is not None for v in adapter)]
+        for partial in (False, True):
+            torch.library.opcheck(_linear_logprob_backward, (*saved, *co, *rest, needs, partial))
 
 
 def test_bad_input_names_itself():
