@@ -14,7 +14,7 @@ LAYERS = [
     {"pyrl.ops"},
     {"pyrl.losses", "pyrl.packing", "pyrl.parity"},
     {"pyrl"},  # the package's own namespace: `from pyrl import LossSpec`
-    {"pyrl.models", "pyrl.testing"},
+    {"pyrl.models", "pyrl.nn", "pyrl.testing"},
     {"pyrl.algorithms", "pyrl.tasks", "pyrl.rollout"},
     {"pyrl.trainer"},
     {"pyrl.certify", "pyrl.env_report", "pyrl.integrations"},

@@ -1,0 +1,1 @@
+"""Drop-in use inside other trainers: `trl`, `verl`, and Liger's call signature (`liger`)."""
