@@ -25,13 +25,16 @@ INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 (it failed), 2 (bad input), 130 (Ctrl-C)."""
-    argv, options = _free_options(sys.argv[1:] if argv is None else argv)
+    argv, options = _prepared(sys.argv[1:] if argv is None else argv)
     args, rest = _parser().parse_known_args(argv)
     for key, value in options.items():
         setattr(args, key, value)
     try:
         if rest:
             raise recipe.ConfigError(_unknown(rest[0], args.command))
+        for key, value in options.items():
+            if value is None:
+                raise recipe.ConfigError(f"--{key}: expected a value")
         return int(args.run_command(args))
     except ValueError as error:  # ConfigError included: the user's input, named in the message
         print(f"pyrl {args.command}: {error}", file=sys.stderr)
@@ -39,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not type(error).__module__.startswith("pyrl."):
             raise  # not one of ours: the traceback is what helps
+        print(f"pyrl {args.command}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that may not be written, ...
         print(f"pyrl {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -59,7 +65,7 @@ def train(args: argparse.Namespace) -> int:
     from pyrl.trainer.loop import train as run
 
     result = run(config, folder, resume=args.resume)
-    return INTERRUPTED if "interrupted" in result else 0
+    return INTERRUPTED if "interrupted" in result else int("unsaved" in result)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -241,17 +247,30 @@ def _overrides(args: argparse.Namespace) -> dict[str, str]:
     return {key: value for key, value in vars(args).items() if "." in key}
 
 
-def _free_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes `--task.options.NAME VALUE` out: argparse cannot list names that a task makes up."""
-    rest, found = [], {}
-    words = iter(argv)
-    for word in words:
+def _prepared(argv: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
+    """What argparse can read, and what it cannot: `--task.options.NAME VALUE`, whose names a task
+    makes up. A value that is a negative number is tied to its flag: argparse takes -1e-3 for one.
+    """
+    rest: list[str] = []
+    found: dict[str, str | None] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith(("--task.options.", "--rollout.options.")):
-            found[key] = value if equals else next(words, "")
+            found[key] = value if equals else words.pop(0) if words else None
+        elif word.startswith("--") and "." in key and not equals and _negative(words[:1]):
+            rest.append(f"{word}={words.pop(0)}")
         else:
             rest.append(word)
     return rest, found
+
+
+def _negative(words: Sequence[str]) -> bool:
+    try:
+        return bool(words) and words[0].startswith("-") and float(words[0]) is not None
+    except ValueError:
+        return False
 
 
 def _run_folder(parent: Path, name: str, resume: bool) -> Path:

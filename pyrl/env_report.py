@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "PYRL_BACKEND": ("best usable", "backend of the ops where no `backend=` is given"),
     "PYRL_BUILD": ("auto", "what an install compiles: auto, python, cpu or cuda"),
     "PYRL_CUDA_ARCHS": ("all supported", "GPU architectures an install compiles for, as 90a"),
+    "PYRL_CPU_ISA": ("best the CPU has", "caps the C++ kernels: portable, avx2 or avx512"),
     "PYRL_CACHE": ("~/.cache/pyrl", "where converted models are kept"),
 }
 

@@ -86,4 +86,9 @@ def test_the_table_of_variables_is_complete() -> None:
             source = path.read_text()
             read |= set(re.findall(r"environ[^\n]*?[\"'](PYRL_[A-Z_]+)[\"']", source))
             read |= set(re.findall(r"getenv\([\"'](PYRL_[A-Z_]+)[\"']", source))
+    for path in ROOT.glob("csrc/**/*"):
+        if path.is_file():
+            read |= set(re.findall(r"getenv\(\"(PYRL_[A-Z_]+)\"", path.read_text()))
     assert read == set(env_report.ENVIRONMENT)
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"^\| `(PYRL_[A-Z_]+)` \|", readme, re.M)) == read

@@ -20,22 +20,25 @@ def assign_advantages(
     unbiased: bool = True,
     eps: float = 1e-6,
     reward_map: Literal["identity", "signed"] = "identity",
+    device: torch.device | str = "cpu",
     backend: str | None = None,
 ) -> dict[str, float]:
     """Sets `advantage` and `keep` of every attempt: A = group_advantage(map(rewards), groups).
 
     reward_map: identity r, signed 2r - 1 (rewards in {0, 1} become {-1, 1}; Reinforce and the
-    correct/wrong filters depend on it). Everything else as in `group_advantage`, whose metrics are
-    returned as numbers.
+    correct/wrong filters depend on it). A reward that is not finite in fp32 counts as lost.
+    device: where the rewards are put, which decides what backends can do. Everything else as in
+    `group_advantage`, whose metrics are returned as numbers.
     """
     attempts = [attempt for group in groups for attempt in group.attempts]
-    rewards = torch.tensor([a.reward for a in attempts], dtype=torch.float32)
+    rewards = torch.tensor([a.reward for a in attempts], dtype=torch.float32, device=device)
     if reward_map == "signed":
         rewards = 2 * rewards - 1
-    ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.attempts])
+    rewards = torch.where(rewards.isfinite(), rewards, torch.nan)
+    ids = [i for i, group in enumerate(groups) for _ in group.attempts]
     result = group_advantage(
         rewards,
-        ids.long(),
+        torch.tensor(ids, dtype=torch.int64, device=device),
         method=method,
         filter=filter if filter is None or isinstance(filter, str) else tuple(filter),
         filter_mode=filter_mode,

@@ -56,8 +56,8 @@ class TransformersEngine:
     ) -> None:
         options = {"max_rows": max_rows, "prefill_tokens": prefill_tokens, "workers": workers}
         for option, value in options.items():
-            if value is not None and value < 1:
-                raise ValueError(f"TransformersEngine: {option}={value}: expected >= 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"TransformersEngine: {option}={value!r}: expected >= 1")
         model = policy.model
         model_name = type(model).__name__
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .options import check_names
 from .protocol import Completion, RolloutError, SamplingParams, check_prompts
 
 #: Set before vllm is imported, where the user has not: in process, quiet, no usage reports.
@@ -113,11 +114,12 @@ class VLLMEngine:
         key = str(dtype).removeprefix("torch.")
         if key not in DTYPES:
             raise ValueError(f"VLLMEngine: dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-        if deadline <= 0:
-            raise ValueError(f"VLLMEngine: deadline={deadline}: expected seconds > 0")
+        if not isinstance(deadline, (int, float)) or deadline <= 0:
+            raise ValueError(f"VLLMEngine: deadline={deadline!r}: expected seconds > 0")
         if not (Path(model_path) / "config.json").is_file():
             raise ValueError(f"VLLMEngine: {model_path!r} is not a model folder (no config.json)")
         self._vllm = _import_vllm()
+        check_names(self.name, llm_options, type(self), passes_to=self._vllm.EngineArgs)
         self._dtype, self.max_length, self.deadline = DTYPES[key], max_length, deadline
         self._version, self._asleep = 0, False
         gpu = torch.cuda.is_available()

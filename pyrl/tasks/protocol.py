@@ -66,7 +66,7 @@ class Task(Protocol):
         ...
 
     def score(self, prompt: Prompt, completion: str) -> float:
-        """The reward of a completion (without special tokens): a finite number."""
+        """The reward of a completion (without special tokens): a number, finite in float32."""
         ...
 
 

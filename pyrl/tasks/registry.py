@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from pyrl.tasks.protocol import Prompt, Task, overlap
+from pyrl.tasks.worker import describe
 
 #: name → "module:Class", imported on first use. A new built-in task is one row here.
 TASKS = {
@@ -48,7 +49,10 @@ def get_task(name: str, /, **options: Any) -> Task:
         )
     factory = _find(name, target or name)
     _check_options(name, factory, options)
-    task = factory(**options)
+    try:
+        task = factory(**options)
+    except TypeError as error:  # most likely an option of the wrong kind
+        raise ValueError(f"task {name!r} with options {options}: {describe(error)}") from error
     _check_task(name, task)
     if own:
         shared = overlap(task, OVERLAP_LIMIT)

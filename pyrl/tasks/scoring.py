@@ -43,7 +43,8 @@ class Scorer:
     """`score(items)[i].reward = task.score(*items[i])`, whatever `task.score` does.
 
     A call that raises, exits, crashes, is still running after `deadline` seconds, or returns
-    anything but a finite number gets `Score(nan, reason)`; all the other items get their rewards.
+    anything but a number that is finite in float32 gets `Score(nan, reason)`; all the other items
+    get their rewards.
 
     A task runs in `workers` processes of its own, which can be killed; they start on the first
     call, are replaced when they die, and end with `close()`, or with this process however that

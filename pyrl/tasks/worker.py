@@ -10,6 +10,7 @@ import os
 import pickle
 import reprlib
 import signal
+import struct
 import threading
 import traceback
 from typing import Any
@@ -54,8 +55,9 @@ def score(prompt: Prompt, completion: str) -> tuple[float, str | None]:
 
 
 def judged(reward: Any) -> tuple[float, str | None]:
-    """A finite real number (bool, int, float, Fraction, NumPy scalar, one-element tensor) and
-    None; or NaN and what is wrong with it, in short: a reward can be huge, or not picklable.
+    """A real number that is finite in float32 (bool, int, float, Fraction, NumPy scalar,
+    one-element tensor) and None; or NaN and what is wrong with it, in short: a reward can be huge,
+    or not picklable.
     """
     number = reward
     if not isinstance(number, numbers.Real) and hasattr(number, "item"):
@@ -64,7 +66,13 @@ def judged(reward: Any) -> tuple[float, str | None]:
     if not isinstance(number, numbers.Real):
         return math.nan, f"the reward is no number: {short(reward)}"
     value = float(number)
-    return (value, None) if math.isfinite(value) else (math.nan, f"the reward is {value}")
+    if not math.isfinite(value):
+        return math.nan, f"the reward is {value}"
+    try:
+        struct.pack("<f", value)  # advantages are computed in float32
+    except OverflowError:
+        return math.nan, f"the reward is {value:g}, beyond float32"
+    return value, None
 
 
 def short(value: Any) -> str:

@@ -1,16 +1,20 @@
 """Checkpoints that survive a kill at any moment and a full disk.
 
-    RUN/checkpoints/step-00000020/state.pt   masters, AdamW, position, totals, config identity
-    RUN/checkpoints/latest                   the name of the folder to resume from
+    RUN/checkpoints/step-00000020/state.pt          masters, AdamW, position, totals, identity
+    RUN/checkpoints/step-00000020/state.pt.sha256   its digest, as `sha256sum -c` reads it
+    RUN/checkpoints/latest                          the name of the folder to resume from
 
 A checkpoint is written into a folder beside its place, flushed to the disk, and renamed; then
-`latest` is replaced. Whatever interrupts this, `latest` names a complete checkpoint.
+`latest` is replaced. Whatever interrupts this, `latest` names a complete checkpoint. What is
+loaded has the digest that was taken while it was written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +22,12 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
+#: What every state holds; the trainer fills it.
+KEYS = ("format", "identity", "progress", "optimizer")
+STATE, DIGEST = "state.pt", "state.pt.sha256"
 _PARTIAL, _OLD = ".partial-", ".old-"
+_STEP = re.compile(r"step-\d{8}")
 
 
 class CheckpointError(RuntimeError):
@@ -48,8 +56,9 @@ def write_aside(target: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def write_tensors(state: dict[str, Any], path: Path) -> None:
-    """torch.save, with the disk's own OSError where torch would hide it in a RuntimeError."""
+def write_tensors(state: dict[str, Any], path: Path) -> str:
+    """torch.save; returns the SHA-256 of what was handed to the disk. The disk's own OSError comes
+    out where torch would hide it in a RuntimeError."""
     with open(path, "wb") as raw:
         file = _Remembering(raw)
         try:
@@ -58,6 +67,35 @@ def write_tensors(state: dict[str, Any], path: Path) -> None:
             if file.error is not None:
                 raise file.error from None
             raise
+    return file.digest.hexdigest()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The verified state in a checkpoint's folder, on the CPU; CheckpointError: what is wrong."""
+    path = folder / STATE
+    try:
+        written = (folder / DIGEST).read_bytes().decode("ascii", "replace").partition(" ")[0]
+        found = _sha256(path)
+    except OSError as error:
+        name = Path(error.filename or path).name
+        raise CheckpointError(f"{folder}: {name} cannot be read: {error.strerror}") from error
+    if found != written:
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}…, that of what was written "
+            f"{written[:12] or 'not recorded'}…"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a trainer's state")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')}; expected {FORMAT}")
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+    return state
 
 
 class Checkpoints:
@@ -73,8 +111,13 @@ class Checkpoints:
         and the previous checkpoint is as it was.
         """
         target = self.path / f"step-{step:08d}"
+
+        def write(folder: Path) -> None:
+            digest = write_tensors(state, folder / STATE)
+            (folder / DIGEST).write_text(f"{digest}  {STATE}\n")
+
         try:
-            write_aside(target, lambda folder: write_tensors(state, folder / "state.pt"))
+            write_aside(target, write)
             self._point_at(target.name)
         except OSError as error:
             previous = self.latest()
@@ -86,34 +129,72 @@ class Checkpoints:
         for pattern in (_PARTIAL, _OLD):  # left by a kill
             for folder in self.path.glob(pattern + "*"):
                 shutil.rmtree(folder, ignore_errors=True)
-        kept = sorted(self.path.glob("step-*"))[-self.keep :]
-        for folder in self.path.glob("step-*"):
-            if folder not in kept and folder != target:
+        # Those of later steps belong to a course that this run, resumed before them, has left.
+        folders = self._folders()
+        kept = [f for f in folders if f.name <= target.name][-self.keep :]
+        for folder in folders:
+            if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
         return target
 
     def latest(self) -> Path | None:
-        """The folder to resume from; None when there is none."""
-        pointer = self.path / "latest"
-        if not pointer.exists():
-            return None
-        folder = self.path / pointer.read_text().strip()
-        return folder if (folder / "state.pt").exists() else None
-
-    def load(self) -> dict[str, Any] | None:
-        """The state that `latest` names, on the CPU; None when there is no checkpoint."""
-        folder = self.latest()
-        if folder is None:
-            return None
+        """The folder that `latest` names; None where it names none that is there."""
         try:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{folder / 'state.pt'} cannot be read: {error}") from error
-        if state.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{folder / 'state.pt'} has format {state.get('format')}; expected {FORMAT}"
-            )
-        return dict(state)
+            name = (self.path / "latest").read_bytes().decode("ascii", "replace").strip()
+        except OSError:
+            return None
+        folder = self.path / name
+        return folder if _STEP.fullmatch(name) and folder.is_dir() else None
+
+    def load(self, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
+        """The verified state that `latest` names; None only when there has been no checkpoint.
+
+        Where `latest` is missing or names nothing, the newest intact checkpoint, after `tell` has
+        said so. CheckpointError when the one it names is damaged (going back is the user's
+        decision; the message says how) or none is intact.
+        """
+        named = self.latest()
+        if named is not None:
+            try:
+                return read_state(named)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; {self._way_out(named)}") from error
+        folders = self._folders()
+        if not folders and not os.path.lexists(self.path / "latest"):
+            return None
+        problems = []
+        for folder in reversed(folders):
+            try:
+                state = read_state(folder)
+            except CheckpointError as error:
+                problems.append(str(error))
+            else:
+                skipped = "".join(f"; {problem}" for problem in problems)
+                tell(f"warning: {self.path / 'latest'} names no checkpoint: going on from "
+                     f"{folder.name}, the newest intact one{skipped}")  # fmt: skip
+                return state
+        found = "; ".join(problems) or "`latest` names one that is gone, and there is no other"
+        raise CheckpointError(
+            f"no checkpoint in {self.path} is intact: {found}; "
+            "to start again, choose another folder with --run"
+        )
+
+    def _way_out(self, damaged: Path) -> str:
+        """What can be resumed without `damaged`, and how."""
+        for folder in reversed(self._folders()):
+            if folder == damaged:
+                continue
+            try:
+                read_state(folder)
+            except CheckpointError:
+                continue
+            return f"{folder.name} is intact: move {damaged} away, and --resume goes on from it"
+        return "no other checkpoint is intact: to start again, choose another folder with --run"
+
+    def _folders(self) -> list[Path]:
+        """Every checkpoint's folder, damaged or not, by step."""
+        found = [f for f in self.path.glob("step-*") if _STEP.fullmatch(f.name) and f.is_dir()]
+        return sorted(found)
 
     def _point_at(self, name: str) -> None:
         aside = self.path / ".latest"
@@ -124,13 +205,16 @@ class Checkpoints:
 
 
 class _Remembering:
-    """A file that remembers the OSError of a write, which torch's zip writer may swallow."""
+    """A file that takes the digest of what is written, which torch does in order, and remembers
+    the OSError of a write, which torch's zip writer may swallow."""
 
     def __init__(self, raw: Any) -> None:
         self._raw = raw
+        self.digest = hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        self.digest.update(data)
         try:
             return int(self._raw.write(data))
         except OSError as error:
@@ -139,6 +223,14 @@ class _Remembering:
 
     def flush(self) -> None:
         self._raw.flush()
+
+
+def _sha256(path: Path) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

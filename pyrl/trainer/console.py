@@ -99,7 +99,8 @@ def warnings(metrics: Mapping[str, Any]) -> list[str]:
         found.append(f"{metrics['truncated_share']:.0%} of completions truncated")
     if metrics.get("skipped_tokens"):
         found.append(f"tokens skipped: {number(metrics['skipped_tokens'])}")
-    if "loss" in metrics and (metrics["loss"] is None or not math.isfinite(metrics["loss"])):
+    # None: the step had no update, and so no loss.
+    if metrics.get("loss") is not None and not math.isfinite(metrics["loss"]):
         found.append("the loss is not finite")
     return found
 
@@ -175,7 +176,7 @@ class Console:
                 self._line(f"{key:<{width}}  {value}")
             return
         columns = 2 if self._out.width >= 100 and len(shown) > 4 else 1
-        self._out.print(self._panel(shown, "pyrl train", "cyan", columns))
+        self._print(self._panel(shown, "pyrl train", "cyan", columns))
 
     def evaluation(self, label: str, result: Mapping[str, Any]) -> None:
         """A held-out evaluation: mean, interval, counts, and the change since the first one."""
@@ -241,7 +242,7 @@ class Console:
             for key, value in rows.items():
                 self._line(f"{key:<{width}}  {value}")
         elif rows:
-            self._out.print(self._panel(rows, "finished", "green", 1))
+            self._print(self._panel(rows, "finished", "green", 1))
 
     # -- drawing ---------------------------------------------------------------------------------
 
@@ -249,7 +250,15 @@ class Console:
         text = Text(text) if isinstance(text, str) else text
         text.plain = self._encodable(text.plain)
         # soft_wrap: a log line stays one line, however narrow rich believes the log to be.
-        self._out.print(text, soft_wrap=True)
+        self._print(text, soft_wrap=True)
+
+    def _print(self, what: RenderableType, **how: Any) -> None:
+        try:
+            self._out.print(what, **how)
+        except OSError:  # a log on a full disk loses lines, not the run
+            self._out.quiet = True  # rich keeps what it could not print; quiet drops it
+            self._out.print()
+            self._out.quiet = False
 
     def _encodable(self, text: str) -> str:
         # A prompt's or path's character that the log cannot hold must not end the run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -97,21 +98,21 @@ def evaluate(
     return Evaluation(interval([[a.reward for a in g.attempts] for g in groups]), groups)
 
 
-def sample_rows(groups: Sequence[Group], step: int, phase: str) -> list[dict[str, Any]]:
-    """Objects of samples.jsonl: the first completion of every group."""
-    rows = []
-    for group in groups:
-        first = group.attempts[0]
-        rows.append(
-            {
-                "step": step,
-                "phase": phase,
-                "prompt_id": group.prompt_id,
-                "prompt": group.prompt_text,
-                "completion": first.text,
-                "reward": first.reward,
-                "finish_reason": first.finish_reason,
-                **({"error": first.error} if first.error else {}),
-            }
-        )
-    return rows
+def sample_rows(groups: Sequence[Group], step: int, phase: str, limit: int) -> list[dict[str, Any]]:
+    """Objects of samples.jsonl, at most `limit`: the first completion of every group, then the
+    second of every group, and so on."""
+    rounds = itertools.zip_longest(*(group.attempts for group in groups))
+    pairs = ((g, a) for turn in rounds for g, a in zip(groups, turn, strict=True) if a is not None)
+    return [
+        {
+            "step": step,
+            "phase": phase,
+            "prompt_id": group.prompt_id,
+            "prompt": group.prompt_text,
+            "completion": attempt.text,
+            "reward": attempt.reward,
+            "finish_reason": attempt.finish_reason,
+            **({"error": attempt.error} if attempt.error else {}),
+        }
+        for group, attempt in itertools.islice(pairs, limit)
+    ]

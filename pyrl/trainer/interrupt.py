@@ -1,4 +1,7 @@
-"""Ctrl-C: the first one lets the step finish, the second one aborts."""
+"""Ctrl-C: the first one lets the step finish, the second one aborts.
+
+The handler only sets a flag: it may run in the middle of a print, and must not start another.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from typing import Any
 
 class StopRequest:
     """Context manager; `requested` turns true at the first SIGINT, the second is KeyboardInterrupt.
+    `announce`, called often, tells the user soon after.
 
     Outside the main thread, where Python allows no signal handler, it never turns true.
     """
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self.requested = False
+        self._announced = False
         self._notify = notify
         self._previous: Any = None
 
@@ -34,8 +39,13 @@ class StopRequest:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 
+    def announce(self) -> None:
+        """Says once, outside the handler, that the request was heard."""
+        if self.requested and not self._announced:
+            self._announced = True
+            self._notify("stopping after this step, with a checkpoint; Ctrl-C again aborts at once")
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._notify("stopping after this step, with a checkpoint; Ctrl-C again aborts at once")

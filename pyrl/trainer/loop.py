@@ -34,6 +34,7 @@ def train(
 
     `resume` goes on from the newest checkpoint in `folder`, to the same numbers as a run that was
     never broken off. ValueError before the first step for anything that cannot work.
+    UnscoredError when nothing has been scored for several steps.
     """
     with Session.open(config, folder, resume=resume, console=console) as session:
         sync(session, session.progress.step)
@@ -41,6 +42,7 @@ def train(
         while session.goes_on():
             train_step(session)
             session.checkpoint()
+            session.stop_if_nothing_scores()
         return session.finish()
 
 
@@ -72,7 +74,8 @@ def train_step(session: Session) -> None:
         batch = batch[: config.rollout.prompts_per_step]
 
     # Advantages, minibatches (one optimizer update each), rows (one micro-batch each).
-    assign_advantages(batch, **config.advantage.model_dump(), backend=backend)
+    device = policy.head().weight.device
+    assign_advantages(batch, **config.advantage.model_dump(), device=device, backend=backend)
     count = sum(len(group.attempts) for group in batch)
     minis = minibatches(
         batch,
@@ -81,7 +84,6 @@ def train_step(session: Session) -> None:
         order=permutation(config.train.seed, step, "minibatches", count).tolist(),
         mask_truncated=config.train.mask_truncated,
     )
-    device = policy.head().weight.device
     rows = [pack_rows(mini.samples, config.train.tokens_per_row, device) for mini in minis]
 
     # Log-probs from before the first update. With a single update the policy is still the one that

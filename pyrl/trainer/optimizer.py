@@ -33,8 +33,9 @@ class MasterAdamW:
 
     A parameter in fp32 is its own master. Any other has an fp32 copy; its gradient is added to
     the copy's as soon as autograd has finished it, and freed, so low-precision gradients never
-    live side by side and never add up in low precision. Parameters that share storage (a tied
-    head) are one parameter here, as in `model.named_parameters()`.
+    live side by side, and those of different backward passes add up in fp32. Parameters that share
+    storage (a tied head) are one parameter here, as in `model.named_parameters()`; the two parts
+    of its gradient are added by autograd, within a pass and in the parameter's dtype.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:

@@ -256,8 +256,8 @@ def _checks(record: RunRecord) -> list[tuple[str, str, str, str]]:
         add("plain", "Engine against trainer", f"{worst:.1e} at step {at:,}", meaning)
     if skipped := column("skipped_tokens"):
         count("Tokens skipped", sum(skipped), "left out of the loss")
-    if any("loss" in m for m in metrics):
-        lost = [m["step"] for m in metrics if "loss" in m and finite(m["loss"]) is None]
+    if done := [m for m in metrics if "loss" in m and m.get("tokens") != 0]:  # 0: no update
+        lost = [m["step"] for m in done if finite(m["loss"]) is None]
         after = f", first at step {lost[0]:,}" if lost else ""
         count("Steps without a finite loss", len(lost), "NaN or infinite", after)
     if metrics:

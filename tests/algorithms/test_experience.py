@@ -1,8 +1,9 @@
 import math
 
 import pytest
+import torch
 
-from pyrl.algorithms import Attempt, Group, assign_advantages, minibatches
+from pyrl.algorithms import Attempt, Group, advantages, assign_advantages, minibatches
 from pyrl.ops.spec import LossSpec
 
 
@@ -36,6 +37,27 @@ def test_advantages_leave_lost_samples_out():
     assert values[0][2] == 0 and not groups[0].attempts[2].keep
     assert values[1] == [0, 0] and all(a.keep for a in groups[1].attempts)
     assert metrics["nan_rewards"] == 1 and metrics["groups"] == 2
+
+
+def test_rewards_are_put_where_the_backend_serves(monkeypatch):
+    """A backend that serves only a GPU must not be handed CPU tensors."""
+    real, seen = advantages.group_advantage, []
+
+    def on_cpu(rewards, ids, **options):
+        seen.append((rewards.device.type, ids.device.type, options["backend"]))
+        return real(torch.tensor([0.0, 1.0]), torch.tensor([0, 0]))
+
+    monkeypatch.setattr(advantages, "group_advantage", on_cpu)
+    assign_advantages([rewards(0.0, 1.0)], device="meta", backend="triton")
+    assert seen == [("meta", "meta", "triton")]
+
+
+def test_a_reward_beyond_fp32_is_lost_also_after_mapping():
+    groups = [rewards(0.0, 1.0, 3e38, 1e39)]
+    metrics = assign_advantages(groups, reward_map="signed")
+    assert metrics["nan_rewards"] == 2
+    assert [a.keep for a in groups[0].attempts] == [True, True, False, False]
+    assert all(math.isfinite(a.advantage) for a in groups[0].attempts)
 
 
 def test_signed_rewards_change_what_the_filters_see():

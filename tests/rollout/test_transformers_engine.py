@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from pyrl.rollout import Rollout, RolloutError, SamplingParams, make_rollout
+from pyrl.rollout import Rollout, RolloutError, SamplingParams, check_options, make_rollout
 from pyrl.rollout import sampling as S
 from pyrl.rollout import transformers_engine as E
 
@@ -288,6 +288,13 @@ def test_unsupported_models_and_options_are_refused(tiny_policy):
         make_rollout()
     with pytest.raises(ValueError, match="max_rows=0"):
         make_rollout(policy=tiny_policy(), max_rows=0)
+    with pytest.raises(ValueError, match="max_rows='many': expected >= 1"):
+        make_rollout(policy=tiny_policy(), max_rows="many")
+    known = r"no option 'max_row' \(did you mean 'max_rows'\?\); its options: max_rows=256, prefill"
+    with pytest.raises(ValueError, match=known):
+        make_rollout(policy=tiny_policy(), max_row=3)
+    with pytest.raises(ValueError, match="'policy' is no option"):
+        check_options("vllm", {"policy": 1})
     policy = tiny_policy()
     policy.model.config.layer_types = ["linear_attention", "full_attention"]
     try:

@@ -67,6 +67,12 @@ class Bad(Good):
     def do_inf(self):
         return float("inf")
 
+    def do_beyond_fp32(self):
+        return -1e39
+
+    def do_edge_of_fp32(self):
+        return 3.4e38
+
     def do_overflow(self):
         return 10**400
 

@@ -34,6 +34,11 @@ def test_unknown_option_lists_the_allowed_ones():
         get_task("letters", traim=3)
 
 
+def test_an_option_of_the_wrong_kind_is_named():
+    with pytest.raises(ValueError, match=r"'letters' with options .*many.*TypeError.*letters\.py"):
+        get_task("letters", train="many")
+
+
 def test_own_task_from_a_file_with_options():
     task = get_task(f"{OWN}:Good", bonus=0.5)
     assert task.score(task.prompts("train")[0], "nothing") == 0.5

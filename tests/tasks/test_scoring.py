@@ -25,6 +25,8 @@ IN_A_PROCESS = {
     "raise_huge": "ValueError: xxx",
     "nan": "the reward is nan",
     "inf": "the reward is inf",
+    "beyond_fp32": "the reward is -1e+39, beyond float32",
+    "edge_of_fp32": 3.4e38,
     "overflow": "OverflowError",
     "string": "the reward is no number: str '0.5'",
     "none": "the reward is no number: NoneType None",

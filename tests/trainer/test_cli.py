@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pyrl.cli import main
+from pyrl.cli import _parser, _prepared, main
 from pyrl.trainer.config import flags
 
 
@@ -38,6 +38,14 @@ def test_help_names_every_command(capsys):
         (["--optimizer.lr", "fast"], ["--optimizer.lr", "optimizer.lr = 'fast'"]),
         (["extra"], ["unexpected argument 'extra'"]),
         (["--task.options.colour", "red"], ["'colour'", "target"]),
+        (["--task.options.target", "none", "--task.options.colour"], ["colour: expected a value"]),
+        (["--task.options.train", "many"], ["TypeError", "letters.py"]),
+        (["--task.options.train", "nan"], ["--task.options.train", "expected a finite number"]),
+        (["--rollout.options.foo", "3"], ["no option 'foo'", "max_rows=256"]),
+        (["--model.attention", "foo"], ["model.attention = 'foo'", "'pyrl_varlen', 'sdpa'"]),
+        (["--optimizer.lr", "-1e-3"], ["optimizer.lr = -0.001", ">= 0"]),
+        (["--optimizer.lr", "-inf"], ["optimizer.lr = -inf"]),
+        (["--run", "no-such-run", "--resume"], ["no-such-run holds no run to go on with"]),
     ],
 )
 def test_bad_input_is_named_and_exits_with_2(recipe, argv, parts, capsys):
@@ -90,3 +98,33 @@ def test_eval(tiny, capsys):
     result = json.loads(capsys.readouterr().out)
     assert (result["prompts"], result["samples"], result["task"]) == (3, 6, "letters")
     assert result["low"] <= result["mean"] <= result["high"]
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-.5", "-2"])
+def test_negative_numbers_are_values(value):
+    rest, _ = _prepared(["train", "r.toml", "--loss.entropy_coef", value, "--resume"])
+    args, unknown = _parser().parse_known_args(rest)
+    assert getattr(args, "loss.entropy_coef") == value and args.resume and not unknown
+
+
+def test_a_refusing_disk_is_one_sentence(recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["train", str(recipe), "--run", str(tmp_path / "file" / "run")]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("pyrl train: ") and "Not a directory" in text and text.count("\n") == 1
+
+
+def test_a_broken_task_is_one_sentence(recipe, toy, capsys):
+    argv = ["train", str(recipe), "--task.name", toy("Raises"), "--train.steps", "5"]
+    assert main(argv) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("pyrl train: no completion of the last 3 steps could be scored")
+
+
+def test_a_damaged_checkpoint_is_one_sentence(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), "--run", str(run)]) == 0
+    (run / "checkpoints/step-00000001/state.pt").write_bytes(b"")
+    assert main(["train", "--run", str(run), "--resume"]) == 1
+    text = capsys.readouterr().err
+    assert "state.pt is damaged" in text and "choose another folder with --run" in text

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from pyrl.ops.spec import PRESETS, LossSpec
-from pyrl.trainer.config import Config, flags
+from pyrl.trainer.config import PRESET_METHODS, Config, flags
 from pyrl.trainer.recipe import ConfigError, load, parse_value
 
 RECIPE = """
@@ -64,6 +64,14 @@ def test_parse_value(text, value):
         ("", {"optimizer.lr": "-1"}, ["--optimizer.lr", "optimizer.lr = -1", ">= 0"]),
         ("", {"rollout.top_p": "2"}, ["rollout.top_p = 2", "> 0, <= 1"]),
         ("", {"rollout.n": "0"}, ["rollout.n = 0", "> 0"]),
+        ("", {"model.attention": "foo"}, ["model.attention = 'foo'", "'sdpa' or 'eager'"]),
+        (
+            "",
+            {"task.options.mode": "nan"},
+            ["--task.options.mode", "mode = nan: expected"],
+        ),
+        ("", {"task.options.a": "[1, {b = -inf}]"}, ["task.options", "a.1.b = -inf: expected"]),
+        ("", {"rollout.options.day": "2020-01-01"}, ["rollout.options", "expected text, a number"]),
         ("", {"model.dtype": "fp8"}, ["model.dtype = 'fp8'", "'bfloat16' or 'float32'"]),
         ("", {"loss.objective": "ppo"}, ["loss.objective = 'ppo'", "'reinforce' or 'clip'"]),
         ("", {"loss.clip_low": "3"}, ["--loss.clip_low", "[0, 1]"]),
@@ -125,3 +133,31 @@ def test_loss_fills_in_what_the_rollout_and_the_head_decide():
     assert loss.spec(temperature=0.7).temperature == 0.7
     own = load(None, {"loss.preset": "dr_grpo", "loss.max_length": "9"}).loss
     assert own.spec(max_length=64).max_length == 9
+
+
+def test_none_unsets_an_option(recipe):
+    config = load(recipe(RECIPE), {"task.options.kinds": "none", "rollout.options.workers": "none"})
+    assert config.task.options == {} and config.rollout.options == {}
+    assert load(recipe(config.to_toml())) == config
+
+
+@pytest.mark.parametrize(
+    ("preset", "method"),
+    [("grpo", "grpo"), ("dapo", "grpo"), ("reinforce", "grpo"), ("dr_grpo", "mean"),
+     ("raft", "positive"), ("raft++", "positive")],
+)  # fmt: skip
+def test_a_preset_brings_its_advantages_unless_told_otherwise(recipe, preset, method):
+    config = load(None, {"loss.preset": preset})
+    assert config.advantage.method == method
+    assert f'method = "{method}"' in config.to_toml()
+    assert config.identity()["advantage.method"] == method
+    assert load(recipe(config.to_toml())) == config
+    for own in ("grpo", "raw"):
+        told = {"loss.preset": preset, "advantage.method": own, "advantage.eps": "0.1"}
+        assert load(None, told).advantage.method == own
+    assert load(None, {"loss.preset": preset, "advantage.eps": "0.1"}).advantage.eps == 0.1
+
+
+def test_every_preset_method_is_an_advantage():
+    for method in PRESET_METHODS.values():
+        assert load(None, {"advantage.method": method}).advantage.method == method

@@ -150,7 +150,7 @@ def test_missing_metrics_are_dashes_not_errors() -> None:
         console.finish({})
     assert raw.getvalue().decode().splitlines() == [
         "step 1/5  reward -  -  eta -",
-        "step 2/5  reward -  -  eta -  ! the loss is not finite",
+        "step 2/5  reward -  -  eta -",
         "held-out before  - on 0 prompts, 0 samples",
     ]
     console = Console(5, rich_console=terminal())
@@ -173,6 +173,7 @@ def test_a_resumed_run_counts_from_where_it_was() -> None:
         ({"truncated_share": 0.75}, "75% of completions truncated"),
         ({"skipped_tokens": 5}, "tokens skipped: 5"),
         ({"loss": float("nan")}, "the loss is not finite"),
+        ({"loss": float("inf")}, "the loss is not finite"),
     ],
 )
 def test_warnings(metrics: dict[str, Any], expected: str) -> None:
@@ -181,6 +182,27 @@ def test_warnings(metrics: dict[str, Any], expected: str) -> None:
 
 def test_no_warning_for_an_ordinary_step() -> None:
     assert warnings({**STEP, "groups": 8, "zero_variance_groups": 3, "nan_rewards": 0}) == []
+
+
+def test_a_step_without_an_update_has_no_loss_to_warn_of() -> None:
+    assert warnings({**STEP, "loss": None}) == []
+
+
+def test_a_log_on_a_full_disk_loses_lines_and_not_the_run() -> None:
+    class Full(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            return super().write(text)
+
+    file = Full()
+    with Console(3, rich_console=RichConsole(file=file, highlight=False, _environ={})) as console:
+        play(console)
+        file.full = False
+        console.message("room again")
+    assert file.getvalue() == "room again\n"
 
 
 def test_numbers_and_durations() -> None:

@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from pyrl.trainer.evaluate import interval
+from pyrl.algorithms import Attempt, Group
+from pyrl.trainer.evaluate import interval, sample_rows
 
 
 def test_interval_of_known_prompts():
@@ -44,3 +45,17 @@ def test_lost_samples_and_prompts():
 def test_equal_rewards_have_no_width():
     result = interval([[0.25, 0.25]] * 10)
     assert result["mean"] == result["low"] == result["high"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(0, []), (1, ["a0"]), (2, ["a0", "b0"]), (4, ["a0", "b0", "a1", "a2"]), (9, None)],
+)
+def test_samples_are_spread_over_the_prompts(limit, expected):
+    groups = [
+        Group(name, name, [1], [Attempt([1], [0.0], "stop", f"{name}{i}", 1.0) for i in range(n)])
+        for name, n in (("a", 3), ("b", 1))
+    ]
+    rows = sample_rows(groups, 7, "train", limit)
+    assert [row["completion"] for row in rows] == (expected or ["a0", "b0", "a1", "a2"][:limit])
+    assert all(row["prompt_id"] == row["completion"][0] for row in rows)

@@ -1,11 +1,16 @@
+import errno
 import json
 import math
+import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from pyrl.models import Policy
 from pyrl.rollout import CanaryError
-from pyrl.trainer import loop, report, session
+from pyrl.trainer import loop, report, session, tracking
+from pyrl.trainer.data import permutation
 from pyrl.trainer.loop import train, train_step
 from pyrl.trainer.recipe import ConfigError
 from pyrl.trainer.session import Session
@@ -234,6 +239,10 @@ def test_bfloat16_with_masters(make_config, tmp_path, console):
         ({"train__backend": "cuda"}, ["cuda"]),
         ({"model__device": "cuda"}, ["model.device = 'cuda'"]),
         ({"model__device": "tpu9"}, ["model.device = 'tpu9'"]),
+        ({"model__device": "meta"}, ["model.device = 'meta'", "auto, cpu, cuda or cuda:N"]),
+        ({"model__attention": "foo"}, ["model.attention = 'foo'", "'sdpa'"]),
+        ({"rollout__options__foo": 3}, ["no option 'foo'", "max_rows=256"]),
+        ({"task__options__mode": "nan"}, ["task.options", "mode = nan"]),
     ],
 )
 def test_what_cannot_work_stops_before_the_first_step(
@@ -243,7 +252,7 @@ def test_what_cannot_work_stops_before_the_first_step(
         train(make_config(**overrides), tmp_path / "run", console=console)
     for part in parts:
         assert part in str(error.value)
-    assert not console.steps
+    assert not console.steps and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -259,6 +268,110 @@ def test_bad_data_stops_before_the_first_step(
 ):
     with pytest.raises(ValueError, match=message):
         train(make_config(task__name=toy(name), **overrides), tmp_path / "run", console=console)
+
+
+def test_a_prompt_that_only_dynamic_sampling_may_draw_is_checked(
+    make_config, tmp_path, console, toy
+):
+    """One prompt a step, and the long one of four not first: only refilling can come to it."""
+    few = {"task__name": toy("Long"), "train__steps": 1, "rollout__prompts_per_step": 1}
+    seed = next(s for s in range(9) if permutation(s, 0, "data order", 4)[0] != 0)
+    train(make_config(**few, train__seed=seed), tmp_path / "a", console=console)
+    with pytest.raises(ValueError, match=r"prompt 'train-0' has \d+ tokens"):
+        config = make_config(**few, train__seed=seed, rollout__refill_rounds=3)
+        train(config, tmp_path / "b", console=console)
+    assert not (tmp_path / "b").exists()  # before the first step, and not in it
+
+
+def test_a_sink_that_is_not_installed_stops_before_the_first_step(
+    make_config, tmp_path, console, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = make_config(tracking__sinks='["trackio"]')
+    with pytest.raises(ConfigError, match=r"tracking\.sinks: .*pip install 'pyrl\[trackio\]'"):
+        train(config, tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_advantages_are_computed_where_the_policy_is(make_config, tmp_path, console, monkeypatch):
+    seen, real = [], loop.assign_advantages
+
+    def recorded(groups, **options):
+        seen.append(options["device"])
+        return real(groups, **options)
+
+    monkeypatch.setattr(loop, "assign_advantages", recorded)
+    with Session.open(
+        make_config(), tmp_path / "run", resume=False, console=console
+    ) as open_session:
+        train_step(open_session)
+        assert seen == [open_session.parts.policy.device]
+
+
+def test_samples_per_step_are_that_many(make_config, tmp_path, console):
+    config = make_config(train__steps=1, rollout__prompts_per_step=2, tracking__samples_per_step=3)
+    train(config, tmp_path / "run", console=console)
+    ids = [s["prompt_id"] for s in rows(tmp_path / "run", "samples.jsonl")]
+    assert len(ids) == 3 and ids[0] == ids[2] != ids[1]
+
+
+def test_a_task_that_never_scores_ends_the_run_with_a_checkpoint(
+    make_config, tmp_path, console, toy
+):
+    config = make_config(task__name=toy("Raises"), train__steps=9, train__checkpoint_every=0)
+    for last in (3, 6):  # resumed without a mended task, it tries again
+        with pytest.raises(session.UnscoredError) as error:
+            train(config, tmp_path / "run", resume=last > 3, console=console)
+        for part in ("last 3 steps", "the verifier is broken", "--resume", f"after step {last}"):
+            assert part in str(error.value)
+        assert (tmp_path / f"run/checkpoints/step-0000000{last}/state.pt").exists()
+        assert len(rows(tmp_path / "run", "metrics.jsonl")) == last
+
+
+def test_a_full_disk_for_everything_costs_files_and_not_the_run(
+    make_config, tmp_path, console, monkeypatch
+):
+    """Full from the second step on: step 2's rows come when there is room, in the third."""
+    real, full = tracking._append, []
+
+    def append(path, lines):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, lines)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = Session.log
+
+    def logged(self, metrics, *rest):
+        full[:] = [True] * (metrics["step"] == 2)
+        log(self, metrics, *rest)
+
+    monkeypatch.setattr(tracking, "_append", append)
+    monkeypatch.setattr(Session, "log", logged)
+    monkeypatch.setattr(tracking.RunFolder, "write_summary", refuse)
+    monkeypatch.setattr(session, "write_report", refuse)
+    config = make_config(train__steps=3, tracking__samples_per_step=1)
+    summary = train(config, tmp_path / "run", console=console)
+    assert summary["steps"] == 3 and "report" not in summary
+    assert [m["step"] for m in rows(tmp_path / "run", "metrics.jsonl")] == [1, 2, 3]
+    assert [s["step"] for s in rows(tmp_path / "run", "samples.jsonl")] == [1, 2, 3]
+    text = "\n".join(console.messages)
+    for what in ("metrics.jsonl", "samples.jsonl", "summary.json", "the report"):
+        assert text.count(f"warning: {what} could not be written") == 1
+
+
+def test_a_model_that_finds_no_room_is_a_warning(make_config, tmp_path, console, monkeypatch):
+    """safetensors has an error of its own for a full disk."""
+
+    def refuse(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Policy, "save", refuse)
+    config = make_config(train__steps=1, train__save_model="true")
+    assert "model_path" not in train(config, tmp_path / "run", console=console)
+    assert any("the final model could not be written" in text for text in console.messages)
 
 
 def test_a_used_folder_is_not_overwritten(make_config, tmp_path, console):

@@ -91,7 +91,7 @@ def make_sample(step: int, phase: str, i: int, k: int, good: float) -> dict[str,
 def make_run(path: Path, *, steps: int = 60, prompts: int = 12, seed: int = 0) -> RunFolder:
     """A finished run's folder as the trainer would have left it."""
     rng = random.Random(seed)
-    run = RunFolder(path)
+    run = RunFolder(path).make()
     run.write_config(CONFIG)
     run.append_samples(
         [make_sample(0, "before", i, k, 0.35) for i in range(prompts) for k in (0, 1)]
@@ -273,7 +273,7 @@ SHOWN = HOSTILE.replace("\x00", "⟨U+0000⟩").replace("\x1b", "⟨U+001B⟩").
 
 
 def test_hostile_text_is_only_text(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "<script>run")
+    run = RunFolder(tmp_path / "<script>run").make()
     run.write_config(f'# {HOSTILE[:90]}\nkey = "</pre><script>alert(2)</script>"\n')
     run.append_metrics({"step": 1, "reward_mean": 0.5, "</script><script>": 1.0})
     run.append_samples(
@@ -330,6 +330,8 @@ def test_a_killed_and_resumed_run(tmp_path: Path) -> None:
         metrics = make_metrics(step, 20, rng)
         if step == 9:
             metrics["loss"] = float("nan")
+        if step == 5:  # no update, and so no loss: not a loss that is not finite
+            metrics |= {"loss": None, "tokens": 0}
         run.append_metrics(metrics)
     with open(run.metrics_path, "ab") as file:
         file.write(b'{"step": 17, "rew')

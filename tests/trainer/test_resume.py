@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pyrl.trainer import checkpoint
+from pyrl.trainer.checkpoint import CheckpointError
 from pyrl.trainer.loop import train
 from pyrl.trainer.recipe import ConfigError
 
@@ -180,7 +182,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
         if len(count) in (2, 3):
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(state, path)
+        return real(state, path)
 
     monkeypatch.setattr(checkpoint, "write_tensors", write)
     config = make_config(train__steps=4, train__checkpoint_every=1, train__keep_checkpoints=9)
@@ -203,3 +205,95 @@ def test_more_steps_go_on_where_the_run_ended(make_config, tmp_path, console):
     train(make_config(train__steps=3), tmp_path / "run", resume=True, console=console)
     train(make_config(train__steps=3), tmp_path / "whole", console=console)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_a_last_checkpoint_that_fails_is_said_once(make_config, tmp_path, console, monkeypatch):
+    def full(state, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    config = make_config(train__steps=1, train__checkpoint_every=1)
+    summary = train(config, tmp_path / "run", console=console)
+    assert summary["steps"] == 1 and summary["unsaved"]
+    assert len([text for text in console.messages if "No space left" in text]) == 1
+    assert any("saved nowhere: make room" in text for text in console.messages)
+
+
+def test_a_last_checkpoint_is_tried_again_when_all_else_is_done(
+    make_config, tmp_path, console, monkeypatch
+):
+    real, tries = checkpoint.write_tensors, []
+
+    def full(state, path):
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(state, path)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    config = make_config(train__steps=1, train__checkpoint_every=1)
+    assert "unsaved" not in train(config, tmp_path / "run", console=console)
+    assert len([text for text in console.messages if "No space left" in text]) == 1
+    assert (tmp_path / "run/checkpoints/step-00000001/state.pt").exists()
+
+
+def test_a_lost_pointer_loses_nothing(make_config, tmp_path, console):
+    config = make_config(train__checkpoint_every=1)
+    train(config, tmp_path / "run", console=console)
+    before = lines(tmp_path / "run")
+    (tmp_path / "run/checkpoints/latest").unlink()
+    train(config, tmp_path / "run", resume=True, console=console)
+    assert lines(tmp_path / "run") == before
+    assert any("going on from step-00000002" in text for text in console.messages)
+
+
+@pytest.mark.parametrize("left", ["nothing", "pointer"])
+def test_lost_checkpoints_stop_a_resume_and_erase_nothing(make_config, tmp_path, console, left):
+    config = make_config()
+    train(config, tmp_path / "run", console=console)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.jsonl")}
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    if left == "pointer":
+        (tmp_path / "run/checkpoints").mkdir()
+        (tmp_path / "run/checkpoints/latest").write_text("step-00000002\n")
+    with pytest.raises(CheckpointError, match=r"in another folder with --run|another folder"):
+        train(config, tmp_path / "run", resume=True, console=console)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.jsonl")} == before
+
+
+def test_a_restart_keeps_what_was_recorded(make_config, tmp_path, console):
+    """No checkpoint was due yet: the run starts again, and the old rows stay."""
+    config = make_config(train__steps=1, train__checkpoint_every=5)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(config.to_toml())
+    (run / "metrics.jsonl").write_text('{"step": 1, "mine": true}\n')
+    train(config, run, resume=True, console=console)
+    assert (run / "metrics.1.jsonl").read_text() == '{"step": 1, "mine": true}\n'
+    assert len(lines(run)) == 1 and "mine" not in lines(run)[0]
+    assert any("kept in metrics.1.jsonl" in text for text in console.messages)
+
+
+def test_resuming_a_finished_run_writes_its_last_samples_once(make_config, tmp_path, console):
+    config = make_config(train__steps=1, eval__prompts=2)
+    for resume in (False, True):
+        train(config, tmp_path / "run", resume=resume, console=console)
+        samples = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+        phases = [json.loads(sample)["phase"] for sample in samples]
+        assert phases.count("after") == phases.count("before") == 2
+
+
+def test_resume_needs_a_run(make_config, tmp_path, console):
+    with pytest.raises(ConfigError, match=r"typo holds no run to go on with \(no config\.toml\)"):
+        train(make_config(), tmp_path / "typo", resume=True, console=console)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_state_of_another_make_is_refused(make_config, tmp_path, console):
+    config = make_config(train__steps=1)
+    train(config, tmp_path / "run", console=console)
+    kept = checkpoint.Checkpoints(tmp_path / "run/checkpoints", keep=1)
+    state = kept.load()
+    kept.save(1, {**state, "progress": {"stride": 1}})
+    with pytest.raises(CheckpointError, match=r"not one of this version.*stride"):
+        train(config, tmp_path / "run", resume=True, console=console)

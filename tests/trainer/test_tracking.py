@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ import pytest
 import torch
 
 from pyrl.trainer import tracking
-from pyrl.trainer.tracking import RunFolder, make_sinks, plain, read_jsonl, write_atomic
+from pyrl.trainer.tracking import RunFolder, plain, read_jsonl, write_atomic
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_makes_the_folder_with_its_parents(tmp_path: Path) -> None:
+def test_makes_the_folder_with_its_parents_when_told(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "a" / "b")
-    assert run.path.is_dir()
+    assert not (tmp_path / "a").exists()
+    assert run.make() is run and run.path.is_dir()
     assert run.metrics_path == tmp_path / "a" / "b" / "metrics.jsonl"
 
 
@@ -122,6 +122,106 @@ def test_truncate_after(tmp_path: Path) -> None:
     assert lines(run.metrics_path) == [{"note": "no step"}]
 
 
+def test_truncate_drops_the_last_evaluation_which_comes_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.append_samples([{"step": s, "phase": p} for s, p in ((0, "before"), (2, "train"))])
+    run.append_samples([{"step": 2, "phase": "after"}])
+    run.truncate_after(2)
+    assert [s["phase"] for s in lines(run.samples_path)] == ["before", "train"]
+
+
+def test_set_aside_never_overwrites(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.set_aside() == [] and run.last_step() is None
+    for step in (1, 2):
+        run.append_metrics({"step": step})
+        run.append_samples([{"step": step}])
+        assert run.last_step() == step
+        assert run.set_aside() == [f"metrics.{step}.jsonl", f"samples.{step}.jsonl"]
+    assert lines(tmp_path / "metrics.1.jsonl") == [{"step": 1}]
+    assert lines(tmp_path / "metrics.2.jsonl") == [{"step": 2}]
+
+
+class FullDisk:
+    """os-level files of which only the first `room` bytes of every write fit, while it is full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.full, self.room, real = False, room, open
+        monkeypatch.setattr(
+            tracking, "open", lambda *a, **k: FullFile(self, real(*a, **k)), raising=False
+        )
+
+
+class FullFile:
+    def __init__(self, disk: FullDisk, file: Any) -> None:
+        self._disk, self._file = disk, file
+        self._left = disk.room
+
+    def __enter__(self) -> FullFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: Any) -> int:
+        if not self._disk.full:
+            return int(self._file.write(data))
+        if not self._left:
+            raise OSError(28, "No space left on device")
+        written = int(self._file.write(data[: self._left]))  # a short write, then none at all
+        self._left -= written
+        return written
+
+
+@pytest.mark.parametrize("room", [0, 5, 45])  # nothing, less than a line, a line and a half
+def test_rows_wait_for_room_and_none_is_lost_or_doubled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    told: list[str] = []
+    run, disk = RunFolder(tmp_path, told.append), FullDisk(monkeypatch, 0)
+    run.append_metrics({"step": 1, "text": "0123456"})
+    disk.full = True
+    for step in (2, 3, 4):
+        run.append_metrics({"step": step, "text": "0123456"})
+        run.append_samples([{"step": step, "text": "0123456"}])
+        disk.room = room
+    assert [row["step"] for row in lines(run.metrics_path)] == [1]
+    assert len(told) == 2 and "metrics.jsonl could not be written: No space left" in told[0]
+    disk.full = False
+    run.append_metrics({"step": 5, "text": "0123456"})
+    run.flush()
+    assert [row["step"] for row in lines(run.metrics_path)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in lines(run.samples_path)] == [2, 3, 4]
+    assert len(told) == 4 and "samples.jsonl is written again" in told[3]
+    run.close()
+    assert len(told) == 4
+
+
+def test_what_never_found_room_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    run, disk = RunFolder(tmp_path, told.append), FullDisk(monkeypatch, 0)
+    disk.full = True
+    run.append_metrics({"step": 1})
+    run.append_metrics({"step": 2})
+    run.close()
+    assert told[1:] == ["warning: 2 rows of metrics.jsonl could not be written and are lost"]
+
+
+def test_nobody_to_tell_means_the_error_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, disk = RunFolder(tmp_path), FullDisk(monkeypatch, 0)
+    disk.full = True
+    with pytest.raises(OSError, match="No space left"):
+        run.append_metrics({"step": 1})
+    disk.full = False
+    run.append_metrics({"step": 2})
+    assert lines(run.metrics_path) == [{"step": 1}, {"step": 2}]
+
+
 def test_truncate_keeps_a_whole_last_line_without_its_newline(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.metrics_path.write_bytes(b'{"step": 1}\n{"step": 2}')
@@ -202,99 +302,3 @@ def test_provenance_names_the_commit_and_its_changes(tmp_path: Path) -> None:
     versions = tracking.provenance()["versions"]
     assert versions["torch"] == torch.__version__
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
-
-
-class FakeRun:
-    """Stands for a wandb run and for the trackio module: the calls pyrl makes, recorded."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-
-    def init(self, **settings: Any) -> FakeRun:
-        self.calls.append(("init", settings))
-        return self
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.calls.append(("log", (step, values)))
-
-    def finish(self) -> None:
-        self.calls.append(("finish", None))
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_sinks_get_finite_numbers(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = FakeRun()
-    module = types.ModuleType(name)
-    module.__dict__.update(init=fake.init, log=fake.log, finish=fake.finish)
-    monkeypatch.setitem(sys.modules, name, module)
-    (sink,) = make_sinks([name], RunFolder(tmp_path / "my-run"))
-    sink.log(3, {"step": 3, "loss": torch.tensor(0.5), "kl": float("nan"), "note": "x", "n": 2})
-    sink.close()
-    assert fake.calls[0][1]["name"] == "my-run"
-    assert fake.calls[1:] == [("log", (3, {"loss": 0.5, "n": 2.0})), ("finish", None)]
-
-
-def test_a_resumed_wandb_run_continues_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = FakeRun()
-    module = types.ModuleType("wandb")
-    module.__dict__.update(init=fake.init)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    for resume_step in (None, 5, None):
-        make_sinks(["wandb"], RunFolder(tmp_path), resume_step=resume_step)
-    first, resumed, fresh = [settings["id"] for _, settings in fake.calls]
-    assert first == resumed != fresh
-
-
-@pytest.mark.parametrize("name", list(tracking.SINKS))
-def test_a_missing_package_names_the_extra(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [])  # nothing more can be imported
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'pyrl\[{name}\]'"):
-        make_sinks([name], RunFolder(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["wandb", "mlflow"], r"sinks\[1\]='mlflow': expected one of \['tensorboard', 'trackio'"),
-        (["trackio", "trackio"], r"sinks\[1\]='trackio': named twice"),
-    ],
-)
-def test_bad_sink_names(names: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_sinks(names, RunFolder(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_sink_that_fails_closes_those_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = FakeRun()
-    module = types.ModuleType("trackio")
-    module.__dict__.update(init=fake.init, finish=fake.finish)
-    monkeypatch.setitem(sys.modules, "trackio", module)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ModuleNotFoundError):
-        make_sinks(["trackio", "wandb"], RunFolder(tmp_path))
-    assert fake.calls[-1] == ("finish", None)
-
-
-def test_tensorboard_for_real(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = RunFolder(tmp_path)
-    for resume_step, steps in ((None, (1, 2, 3)), (1, (2, 3))):
-        (sink,) = make_sinks(["tensorboard"], run, resume_step=resume_step)
-        for step in steps:
-            sink.log(step, {"reward": float(step if resume_step is None else -step)})
-        sink.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 1), (2, -2), (3, -3)]

@@ -236,6 +236,8 @@ def test_bad_options_name_themselves(folder, tmp_path):
         make_rollout("vllm", model_path=str(tmp_path))
     with pytest.raises(ValueError, match="deadline=0"):
         make_rollout("vllm", model_path=folder, deadline=0)
+    with pytest.raises(ValueError, match=r"no option 'sede' .*'seed'.*and those of EngineArgs"):
+        make_rollout("vllm", model_path=folder, sede=1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,42 @@
+"""What README.md shows runs as it is written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pyrl.cli import _parser, _prepared
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run_on_their_own(code, capsys):
+    shown = {}
+    exec(compile(code, "README.md", "exec"), shown)
+    assert capsys.readouterr().out.count("tensor(") == 2
+    metrics, parameters = shown["out"].metrics, shown["model"].parameters()
+    assert metrics["tokens"] == 4 * 10 and metrics["clip_high"] == 0  # on-policy: the ratio is 1
+    # log(1 / vocabulary) = -6.9 for a random model; masked positions would pull it towards 0.
+    assert -7.5 < metrics["logprob_sum"] / metrics["tokens"] < -6.3
+    assert all(p.grad is not None for p in parameters)
+
+
+def test_commands_have_the_flags_they_show():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("pyrl ")]
+    assert {command[1] for command in commands} >= {"train", "eval", "report"}
+    for command in commands:
+        rest, _ = _prepared(command[1:])
+        assert not _parser().parse_known_args(rest)[1], command
+        recipe = next((word for word in command if word.endswith(".toml")), "README.md")
+        assert (ROOT / recipe).is_file()
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    used = re.findall(r"make ([a-z-]+)", "\n".join(lines))
+    assert used and set(used) <= set(targets)
