@@ -33,6 +33,7 @@ class Ranks:
         self.world = world
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Any] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # new groups meet there
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
         """[function(rank, *args) for every rank], in rank order; RankError past `timeout` s."""
@@ -67,29 +68,33 @@ class Ranks:
         for link in self._links:
             link.close()
         self._processes, self._links = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def _fail(self, why: str) -> None:
         self.close()
         raise RankError(why)
 
     def _start(self, timeout: float = 300) -> None:
-        # One thread each: they share the machine. Loopback only. A file, not a port, to meet at.
+        # One thread each: they share the machine. Loopback only, and a file to meet at, not a port.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        with tempfile.TemporaryDirectory() as folder:
+        self._folder = tempfile.TemporaryDirectory()
+        folder = self._folder.name
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.close)
             with Listener(str(Path(folder, "socket")), "AF_UNIX") as listener:
                 listener._listener._socket.settimeout(timeout)
                 for rank in range(self.world):
                     command = [sys.executable, __file__, str(rank), str(self.world), folder]
                     self._processes.append(subprocess.Popen(command, env=environment))
                 links: dict[int, Any] = {}
-                with contextlib.ExitStack() as on_error:
-                    on_error.callback(self.close)
-                    while len(links) < self.world:
-                        link = listener.accept()
-                        links[pickle.loads(link.recv_bytes())] = link
-                    on_error.pop_all()
+                while len(links) < self.world:
+                    link = listener.accept()
+                    links[pickle.loads(link.recv_bytes())] = link
             self._links = [links[rank] for rank in range(self.world)]
-            self.run(meet, timeout=timeout)  # the folder is read until all have met
+            self.run(meet, timeout=timeout)
+            on_error.pop_all()
 
 
 def meet(rank: int) -> None:

@@ -47,19 +47,21 @@ def batch(seed, lengths, spec):
         "rollout_logprob": now + 0.3 * normal(total),
         "mask": torch.rand(total, generator=g) > 0.2,
         "weights": torch.rand(total, generator=g),
+        # Per token: per sequence, a part with as many tokens as sequences would read as per token.
+        "advantages": normal(len(lengths)).repeat_interleave(torch.tensor(lengths)),
     }
     tokens = float(fields["mask"].sum())
     if spec.aggregation == "weighted":
         tokens = float(fields["weights"].double()[fields["mask"]].sum())
     per_token = spec.aggregation in ("token_mean", "weighted")
-    return fields, normal(len(lengths)), weight, tokens if per_token else len(lengths)
+    return fields, weight, tokens if per_token else len(lengths)
 
 
 def step(case, backend, micro_batches):
     """Summed loss, dweight, dhidden of the whole batch, and metrics, over these micro-batches."""
     seed, lengths, number = case
     spec = SPECS[number]
-    fields, advantages, weight, denominator = batch(seed, lengths, spec)
+    fields, weight, denominator = batch(seed, lengths, spec)
     weight.requires_grad_()
     whole_hidden = fields["hidden"].requires_grad_()
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
@@ -70,8 +72,7 @@ def step(case, backend, micro_batches):
         part = {k: v[rows] for k, v in fields.items()}
         counts = torch.tensor([0] + [lengths[s] for s in sequences])
         out = pyrl.linear_policy_loss(
-            part.pop("hidden"), weight, part.pop("target"),
-            advantages[torch.tensor(sequences, dtype=torch.long)], spec,
+            part.pop("hidden"), weight, part.pop("target"), part.pop("advantages"), spec,
             cu_seqlens=counts.cumsum(0), denominator=denominator, backend=backend, **part,
         )  # fmt: skip
         out.loss.backward()
