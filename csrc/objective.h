@@ -240,14 +240,14 @@ struct TokenLoss {
   double policy_loss, kl_loss;  // weighted
   double direct, through;  // gradients of their sum, as in PolicyTerm
 
-  PYRL_HOST_DEVICE TokenLoss(const ObjectiveParams& p, const Token& t, const Sequence& s) {
-    const bool own_ratio = p.ratio_level == kTokenRatio && p.objective != kGmpo;
-    ratio = own_ratio ? capped_exp(t.delta()) : s.ratio;
-    correction = p.correction_level == kTokenCorrection
-                     ? truncated(p, t.log_correction(), t.scored())
-                     : s.correction;
-    policy = policy_term(p, t, ratio, s);
-    off_policy = t.advantage < 0.0 && s.off_policy;
+  PYRL_HOST_DEVICE TokenLoss(const ObjectiveParams& p, const Token& t, const Sequence& s)
+      : ratio(p.ratio_level == kTokenRatio && p.objective != kGmpo ? capped_exp(t.delta())
+                                                                   : s.ratio),
+        correction(p.correction_level == kTokenCorrection
+                       ? truncated(p, t.log_correction(), t.scored())
+                       : s.correction),
+        policy(policy_term(p, t, ratio, s)),
+        off_policy(t.advantage < 0.0 && s.off_policy) {
     const double factor = p.objective == kVespo ? 1.0 : correction.weight;
     // Selected, not multiplied: the term may be infinite, as a log-prob of -inf makes it.
     const bool off = off_policy || t.advantage == 0.0 || !(factor > 0.0);

@@ -8,7 +8,7 @@
 #define PYRL_HOST_DEVICE __host__ __device__ __forceinline__
 #define PYRL_UNROLL _Pragma("unroll")  // run-time indices would put the sums in local memory
 #else
-#define PYRL_HOST_DEVICE inline
+#define PYRL_HOST_DEVICE inline __attribute__((always_inline))
 #define PYRL_UNROLL
 #endif
 
