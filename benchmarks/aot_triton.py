@@ -58,7 +58,8 @@ def recorded(call: Callable[[], Any]) -> Launch:
     launches: list[Launch] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {k: kwargs.pop(k) for k in ("num_warps", "enable_fp_fusion") if k in kwargs}
+        known = ("num_warps", "maxnreg", "enable_fp_fusion")
+        options = {k: kwargs.pop(k) for k in known if k in kwargs}
         bound = inspect.signature(self.fn).bind(*args, **kwargs)
         launches.append(Launch(self, dict(bound.arguments), options))
 

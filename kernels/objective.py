@@ -19,7 +19,7 @@ from .checks import require
 from .objective_blocks import Numbers, Pointers, Sequence, read, sequence, terms
 from .objective_sums import METRICS, ROW, add_rows, merged, no_sums, store_row
 from .objective_terms import GMPO, SEQUENCE, Options
-from .tuning import OBJECTIVE, OBJECTIVE_ROWS, SEQUENCE_OBJECTIVE
+from .tuning import OBJECTIVE, OBJECTIVE_REGISTERS, OBJECTIVE_ROWS, SEQUENCE_OBJECTIVE
 
 #: The layout of pyrl/ops/spec.py, which kernels may not import; a test compares them.
 PARAMS = (
@@ -314,6 +314,7 @@ def objective_terms(
             BLOCK=tile.block,
             ROWS=OBJECTIVE_ROWS,
             num_warps=tile.warps,
+            maxnreg=OBJECTIVE_REGISTERS,
             enable_fp_fusion=True,
         )
     return loss, c, h, metrics

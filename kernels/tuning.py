@@ -51,11 +51,13 @@ def grad_tile(vocabulary: int, itemsize: int) -> Tile:
 SUPPORT = Tile(block=512, warps=4)
 SUPPORT_ZEROS = 4096
 
-#: Tokens a program of the objective; rows of partial sums its last program adds at a time.
+#: Tokens of a program of the objective at a time, without and with sequences (whose running sums
+#: stay in registers), and rows of partial sums that its last program adds at a time.
 OBJECTIVE = Tile(block=512, warps=8)
-#: One token a thread: the metrics' running sums are per lane, and live in registers.
 SEQUENCE_OBJECTIVE = Tile(block=256, warps=8)
 OBJECTIVE_ROWS = 32
+#: Registers a thread of it may use: left to choose, ptxas spills a few to fit one program more.
+OBJECTIVE_REGISTERS = 255
 
 #: 128 lanes keep one group of thousands bearable and cost groups of 8 only idle lanes.
 GROUPS = GroupTile(groups=4, lanes=128, warps=4)
