@@ -183,7 +183,7 @@ def test_every_option_of_the_head(ranks, backend):
 @pytest.mark.parametrize("largest", [2, 20])
 def test_support(ranks, backend, name, largest):
     check(
-        ranks, SHARDS[name], torch.float32, backend, ("hidden", "weight", "bias", "a", "b"),
+        ranks, SHARDS[name], torch.float32, backend, ("hidden", "weight", "a", "b"),
         {"support": largest, "temperature": None, "vocab_size": V - 2},
     )  # fmt: skip
 
