@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 from pyrl.ops.linear_logprob import linear_logprob
+from pyrl.ops.sharded import full_weight
 
 
 def add_head(
@@ -53,8 +54,8 @@ def add_head(
             kwargs.setdefault("output_router_logits", True)
         states = self.base_model(*args, **kwargs)
         output = self.get_output_embeddings()
-        weight, bias = (_whole(getattr(output, name, None)) for name in ("weight", "bias"))
-        hidden, device = states.last_hidden_state[:, :-1].to(weight.device), weight.device.type
+        hidden = states.last_hidden_state[:, :-1].to(output.weight.device)
+        device = hidden.device.type
         if cast_lm_head_to_fp32:
             hidden = hidden.float()
         elif torch.is_autocast_enabled(device):
@@ -62,13 +63,18 @@ def add_head(
         aux = None
         if kwargs.get("output_router_logits"):
             aux = _router_loss(config, states.router_logits, kwargs.get("attention_mask"))
-        with torch.autocast(device, enabled=False):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(device, enabled=False))
+            weight = stack.enter_context(full_weight(output.weight))
+            bias = getattr(output, "bias", None)
+            if bias is not None:
+                bias = stack.enter_context(full_weight(bias))
             if policy_loss is not None:
                 out = policy_loss(hidden, weight, bias, head)
                 return FusedCausalLMOutput(
                     loss=out.loss, log_probs=out.logprob, entropy=out.entropy, aux_loss=aux
                 )
-            labels = labels.to(weight.device)
+            labels = labels.to(hidden.device)
             known = labels != -100
             target = labels.clamp(min=0)
             out = linear_logprob(
@@ -79,11 +85,6 @@ def add_head(
         )
 
     model.forward = types.MethodType(forward, model)
-
-
-def _whole(parameter: Any) -> Any:
-    """An FSDP2 shard as the gathered tensor, with gradients flowing back to the shards."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _logit_scale(config: Any) -> float:

@@ -97,7 +97,9 @@ def check(trainer: Trainer) -> None:
     if args.torch_compile:
         raise NotImplementedError("patch_grpo: torch_compile=True is not tested; leave it off")
     if trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3:
-        raise NotImplementedError("patch_grpo: deepspeed ZeRO-3; use stage 2, or FSDP2")
+        raise NotImplementedError(
+            "patch_grpo: deepspeed ZeRO-3, whose head is gone in the backward; use FSDP2"
+        )
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise NotImplementedError("patch_grpo: fsdp version 1; use version 2")
     spec = build_spec(trainer)

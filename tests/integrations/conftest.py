@@ -39,7 +39,7 @@ def build(tmp_path_factory):
     output = tmp_path_factory.mktemp("trl")
     dataset = Dataset.from_dict({"prompt": ["ab", "cd", "ef", "gh"]})
 
-    def make(model, patched, *, cls=GRPOTrainer, peft_config=None, **options):
+    def make(model, patched, *, cls=GRPOTrainer, peft_config=None, backend=None, **options):
         fields = {
             "output_dir": str(output),
             "use_cpu": True,
@@ -53,7 +53,7 @@ def build(tmp_path_factory):
             "disable_tqdm": True,
             **options,
         }
-        undo = patch_grpo(backend="torch") if patched else None
+        undo = patch_grpo(backend=backend) if patched else None
         try:
             trainer = cls(
                 model=model,
