@@ -1,6 +1,6 @@
 """Triton kernels of the fused losses; shipped as `pyrl.kernels`.
 
-Importable without triton: only `logits`, `objective` and `group_advantage` need it. They run
+Importable without triton: only its modules (`logits`, `objective`, ...) need it. They run
 compiled on a CUDA device, or interpreted (slow, for correctness) on any device where
 TRITON_INTERPRET=1 was set before triton was imported.
 """

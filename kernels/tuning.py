@@ -51,5 +51,11 @@ def grad_tile(vocabulary: int, itemsize: int) -> Tile:
 OBJECTIVE = Tile(block=512, warps=8)
 OBJECTIVE_ROWS = 32
 
-#: 128 lanes keep one group of thousands bearable and cost groups of 8 only idle lanes.
-GROUPS = GroupTile(groups=4, lanes=128, warps=4)
+#: A warp a group, two float64 rewards a thread: groups of thousands stay bearable, groups of 8 cost
+#: only idle lanes. With four rewards a thread the batch's methods take 255 registers.
+GROUPS = GroupTile(groups=4, lanes=64, warps=4)
+#: Most programs of group_advantage; each takes several tiles and leaves one set of sums.
+GROUP_PROGRAMS = 1024
+
+#: Tokens of a sequence that gae scans at a time.
+GAE = Tile(block=256, warps=4)

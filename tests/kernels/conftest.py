@@ -14,7 +14,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["test_logits.py", "test_objective.py", "test_group_advantage.py"]
+    collect_ignore_glob = [
+        "test_logits.py",
+        "test_objective.py",
+        "test_group_advantage.py",
+        "test_gae.py",
+    ]
 
 
 @pytest.fixture(scope="session")
