@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pyrl.kernels import group_advantage, logits, objective, support
+from pyrl.kernels import gae, group_advantage, logits, objective, support
 from pyrl.ops.spec import LossSpec
 
 ARCHITECTURES = (80, 90, 100)
@@ -37,6 +37,7 @@ POINTER_TYPES = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.bool: "*i1",
 }
 
@@ -213,18 +214,28 @@ def objective_variants() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def group_variants() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every method, unbiased and population std."""
+    """Every method with ids, and with offsets, every filter and the population std."""
     n = 64
-    rewards, order = torch.empty(n), torch.zeros(n, dtype=torch.int64)
+    rewards, order = torch.empty(n, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
     offsets = torch.zeros(n + 1, dtype=torch.int64)
     for method, name in enumerate(group_advantage.METHODS):
-        for unbiased in (True, False) if name == "grpo" else (True,):
+        for index, rest in (
+            (order, (True, 1e-6, 0, False, 0.0, 1.0)),
+            (None, (False, 1e-6, 7, True, -1.0, 2.0)),
+        ):
             yield (
-                f"group_advantage {name}" + (" unbiased" if unbiased and name == "grpo" else ""),
-                lambda m=method, u=unbiased: group_advantage.group_advantage_terms(
-                    rewards, order, offsets, m, u, 1e-6
+                f"group_advantage {name}" + ("" if index is not None else " offsets filters"),
+                lambda i=index, m=method, r=rest: group_advantage.group_advantage_terms(
+                    rewards, i, offsets, m, *r
                 ),
             )
+
+
+def gae_variants() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The one variant of gae."""
+    v, keep = torch.empty(64), torch.ones(64, dtype=torch.bool)
+    bounds = torch.zeros(9, dtype=torch.int64)
+    yield "gae", lambda: gae.gae_terms(v, v, keep, bounds, v[:8], 1.0, 0.95)
 
 
 def resources(cubin: bytes) -> Resources:
@@ -241,7 +252,13 @@ def resources(cubin: bytes) -> Resources:
 def compile_all(architectures: tuple[int, ...], only: str) -> tuple[list[str], list[str]]:
     """Table rows and problems."""
     rows, problems = [], []
-    for variants in (logits_variants(), row_variants(), objective_variants(), group_variants()):
+    for variants in (
+        logits_variants(),
+        row_variants(),
+        objective_variants(),
+        group_variants(),
+        gae_variants(),
+    ):
         for name, call in variants:
             if only not in name:
                 continue

@@ -192,26 +192,59 @@ inline const double* objective_params(const Tensor& params) {
 }
 
 struct AdvantageOutputs {
-  Tensor advantages, low, high;
+  Tensor advantages, keep, metrics;
 };
 
-inline GroupAdvantage advantage_batch(const Tensor& rewards, const Tensor& order,
+inline GroupAdvantage advantage_batch(const Tensor& rewards, const std::optional<Tensor>& order,
                                       const Tensor& offsets, int64_t method, bool unbiased,
-                                      double eps, AdvantageOutputs& out) {
-  const int64_t n = rewards.numel();
-  PYRL_CHECK(method >= kGrpo && method <= kRaw, "method ", method, " is not one of 0..4");
-  out = {output(rewards, {n}, ScalarType::Float), output(rewards, {n}, ScalarType::Float),
-         output(rewards, {n}, ScalarType::Float)};
-  return {n,
-          vector<float>(rewards, "rewards", n, rewards),
-          vector<int64_t>(order, "order", n, rewards),
-          vector<int64_t>(offsets, "offsets", n + 1, rewards),
-          static_cast<int>(method),
-          unbiased,
-          static_cast<float>(eps),
+                                      double eps, int64_t filters, bool drop, double offset,
+                                      double scale, AdvantageOutputs& out) {
+  const int64_t n = rewards.numel(), groups = offsets.numel() - 1;
+  PYRL_CHECK(method >= kGrpo && method <= kCorrect, "method ", method, " is not one of 0..8");
+  PYRL_CHECK(filters >= 0 && filters < 8, "filters ", filters, " is not a set of bits 1, 2, 4");
+  PYRL_CHECK(groups >= 0, "offsets is empty");
+  out = {output(rewards, {n}, ScalarType::Float), output(rewards, {n}, ScalarType::Bool),
+         output(rewards, {kAdvantageMetrics}, ScalarType::Double)};
+  GroupAdvantage b{};
+  b.samples = n;
+  b.groups = groups;
+  b.rewards = vector<double>(rewards, "rewards", n, rewards);
+  b.order = vector<int64_t>(order, "order", n, rewards);
+  b.offsets = vector<int64_t>(offsets, "offsets", groups + 1, rewards);
+  b.method = static_cast<int>(method);
+  b.unbiased = unbiased;
+  b.eps = eps;
+  b.filters = static_cast<int>(filters);
+  b.drop = drop;
+  b.offset = offset;
+  b.scale = scale;
+  b.advantages = static_cast<float*>(out.advantages.data_ptr());
+  b.keep = static_cast<bool*>(out.keep.data_ptr());
+  b.metrics = static_cast<double*>(out.metrics.data_ptr());
+  return b;
+}
+
+struct GaeOutputs {
+  Tensor advantages, returns;
+};
+
+inline Gae gae_batch(const Tensor& rewards, const Tensor& values, const Tensor& keep,
+                     const Tensor& bounds, const Tensor& bootstrap, double gamma, double lam,
+                     GaeOutputs& out) {
+  const int64_t tokens = rewards.numel(), sequences = bootstrap.numel();
+  out = {output(rewards, {tokens}, ScalarType::Float),
+         output(rewards, {tokens}, ScalarType::Float)};
+  return {tokens,
+          sequences,
+          vector<float>(rewards, "rewards", tokens, rewards),
+          vector<float>(values, "values", tokens, rewards),
+          vector<bool>(keep, "keep", tokens, rewards),
+          vector<int64_t>(bounds, "bounds", sequences + 1, rewards),
+          vector<float>(bootstrap, "bootstrap", sequences, rewards),
+          gamma,
+          lam,
           static_cast<float*>(out.advantages.data_ptr()),
-          static_cast<float*>(out.low.data_ptr()),
-          static_cast<float*>(out.high.data_ptr())};
+          static_cast<float*>(out.returns.data_ptr())};
 }
 
 }  // namespace pyrl

@@ -64,17 +64,47 @@ struct ObjectiveBatch {
 };
 
 // Methods of group_advantage, in the order of pyrl.ops.group_advantage.
-enum AdvantageMethod { kGrpo = 0, kMean = 1, kRloo = 2, kPositive = 3, kRaw = 4 };
+enum AdvantageMethod {
+  kGrpo = 0,
+  kMean = 1,
+  kRloo = 2,
+  kPositive = 3,
+  kRaw = 4,
+  kBatchStd = 5,
+  kWhiten = 6,
+  kWhitenBaseline = 7,
+  kCorrect = 8,
+};
+enum AdvantageFilter { kDropAllCorrect = 1, kDropAllWrong = 2, kDropZeroStd = 4 };  // bits
 
+constexpr int kAdvantageMetrics = 8;  // AdvantageSums of advantage.h
+
+// Group g is the samples order[offsets[g]], ..., order[offsets[g + 1] - 1]; groups may be empty.
 struct GroupAdvantage {
-  int64_t samples;  // n
-  const float* rewards;
-  const int64_t* order;    // [n]: sample indices sorted by group
-  const int64_t* offsets;  // [n + 1]: group g is order[offsets[g]:offsets[g+1]]
+  int64_t samples, groups;  // n, G
+  const double* rewards;
+  const int64_t* order;    // [n], a permutation; null: the identity
+  const int64_t* offsets;  // [G + 1], from 0 to n
   int method;
   bool unbiased;
-  float eps;
-  float *advantages, *low, *high;
+  double eps;
+  int filters;           // bits of AdvantageFilter
+  bool drop;             // whether filtered samples leave the batch
+  double offset, scale;  // methods read offset + scale * reward
+  float* advantages;
+  bool* keep;
+  double* metrics;  // [kAdvantageMetrics]
+};
+
+// Generalised advantage estimation over packed sequences bounds[s] ... bounds[s + 1] - 1.
+struct Gae {
+  int64_t tokens, sequences;  // T, B
+  const float *rewards, *values;
+  const bool* keep;
+  const int64_t* bounds;   // [B + 1], from 0 to T
+  const float* bootstrap;  // [B]
+  double gamma, lam;
+  float *advantages, *returns;
 };
 
 namespace cpu {
@@ -98,15 +128,18 @@ void support_grad(const LogitsRows& rows, const SupportRows& support, const Logi
 
 }  // namespace cpu
 
-// Each is one launch on `stream` (a cudaStream_t) of the current device; the result is the
-// cudaError_t of the launch.
+// Each is one launch on `stream` (a cudaStream_t) of the current device, unless said otherwise; the
+// result is the cudaError_t of the launch.
 namespace cuda {
 
 // Scratch the caller allocates for policy_objective: doubles.
 int64_t policy_objective_scratch(const ObjectiveBatch& batch);
 int policy_objective(const ObjectiveBatch& batch, const double* params, double* scratch,
                      void* stream);
-int group_advantage(const GroupAdvantage& batch, void* stream);
+// Two launches, three where the method needs statistics of the batch; scratch as above.
+int64_t group_advantage_scratch(const GroupAdvantage& batch);
+int group_advantage(const GroupAdvantage& batch, double* scratch, void* stream);
+int gae(const Gae& batch, void* stream);
 int logits_stats(const LogitsRows& rows, const LogitsStats& stats, int64_t n, void* stream);
 int logits_grad(const LogitsRows& rows, const LogitsGrad& grad, int64_t n, void* stream);
 int support_stats(const LogitsRows& rows, const SupportRows& support, const LogitsStats& stats,

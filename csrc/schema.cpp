@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY(pyrl_native, m) {
       "Tensor params) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "group_advantage_terms(Tensor rewards, Tensor order, Tensor offsets, int method, "
-      "bool unbiased, float eps) -> (Tensor, Tensor, Tensor)");
+      "group_advantage_terms(Tensor rewards, Tensor? order, Tensor offsets, int method, "
+      "bool unbiased, float eps, int filters, bool drop, float offset, float scale) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gae_terms(Tensor rewards, Tensor values, Tensor keep, Tensor bounds, Tensor bootstrap, "
+      "float gamma, float lam) -> (Tensor, Tensor)");
 }

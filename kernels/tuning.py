@@ -59,5 +59,11 @@ OBJECTIVE_ROWS = 32
 #: Registers a thread of it may use: left to choose, ptxas spills a few to fit one program more.
 OBJECTIVE_REGISTERS = 255
 
-#: 128 lanes keep one group of thousands bearable and cost groups of 8 only idle lanes.
-GROUPS = GroupTile(groups=4, lanes=128, warps=4)
+#: A warp a group, two float64 rewards a thread: groups of thousands stay bearable, groups of 8 cost
+#: only idle lanes. With four rewards a thread the batch's methods take 255 registers.
+GROUPS = GroupTile(groups=4, lanes=64, warps=4)
+#: Most programs of group_advantage; each takes several tiles and leaves one set of sums.
+GROUP_PROGRAMS = 1024
+
+#: Tokens of a sequence that gae scans at a time.
+GAE = Tile(block=256, warps=4)

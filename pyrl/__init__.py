@@ -12,9 +12,13 @@ if TYPE_CHECKING:
         reduce_metrics,
     )
     from pyrl.losses.parallel import vocab_parallel_policy_loss
+    from pyrl.losses.preference import preference_loss
+    from pyrl.losses.value import value_loss
     from pyrl.models import Policy, load_policy
     from pyrl.ops.backend import BackendUnavailableError, backends
+    from pyrl.ops.gae import GAE, gae
     from pyrl.ops.group_advantage import Advantages, group_advantage
+    from pyrl.ops.kl_reward import kl_penalty, rewards_with_kl
     from pyrl.ops.linear_logprob import LogProb, linear_logprob
     from pyrl.ops.logits_logprob import logits_logprob
     from pyrl.ops.lora import LinearHead, LoRA, linear_head
@@ -29,6 +33,7 @@ __version__ = "0.1.0"
 #: Imported on first use: the command line and the scoring processes start without torch, and a
 #: drop-in loss does not cost an import of transformers.
 _HOME = {
+    "GAE": "pyrl.ops.gae",
     "PRESETS": "pyrl.losses",
     "Advantages": "pyrl.ops.group_advantage",
     "BackendUnavailableError": "pyrl.ops.backend",
@@ -43,7 +48,9 @@ _HOME = {
     "Support": "pyrl.ops.support",
     "backends": "pyrl.ops.backend",
     "full_weight": "pyrl.ops.sharded",
+    "gae": "pyrl.ops.gae",
     "group_advantage": "pyrl.ops.group_advantage",
+    "kl_penalty": "pyrl.ops.kl_reward",
     "linear_head": "pyrl.ops.lora",
     "linear_logprob": "pyrl.ops.linear_logprob",
     "linear_policy_loss": "pyrl.losses",
@@ -52,12 +59,16 @@ _HOME = {
     "logits_policy_loss": "pyrl.losses",
     "pack": "pyrl.packing",
     "policy_objective": "pyrl.ops.policy_objective",
+    "preference_loss": "pyrl.losses.preference",
     "reduce_metrics": "pyrl.losses",
+    "rewards_with_kl": "pyrl.ops.kl_reward",
+    "value_loss": "pyrl.losses.value",
     "vocab_parallel_logprob": "pyrl.ops.parallel",
     "vocab_parallel_policy_loss": "pyrl.losses.parallel",
 }
 
 __all__ = [
+    "GAE",
     "PRESETS",
     "Advantages",
     "BackendUnavailableError",
@@ -72,7 +83,9 @@ __all__ = [
     "Support",
     "backends",
     "full_weight",
+    "gae",
     "group_advantage",
+    "kl_penalty",
     "linear_head",
     "linear_logprob",
     "linear_policy_loss",
@@ -81,7 +94,10 @@ __all__ = [
     "logits_policy_loss",
     "pack",
     "policy_objective",
+    "preference_loss",
     "reduce_metrics",
+    "rewards_with_kl",
+    "value_loss",
     "vocab_parallel_logprob",
     "vocab_parallel_policy_loss",
 ]

@@ -127,6 +127,33 @@ if _CPU_REASON is None:
 
     @torch.library.register_fake("pyrl_native::group_advantage_terms")
     def _(
-        rewards: Tensor, order: Tensor, offsets: Tensor, method: int, unbiased: bool, eps: float
+        rewards: Tensor,
+        order: Tensor | None,
+        offsets: Tensor,
+        method: int,
+        unbiased: bool,
+        eps: float,
+        filters: int,
+        drop: bool,
+        offset: float,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(rewards), torch.empty_like(rewards), torch.empty_like(rewards)
+        from pyrl.ops.group_advantage import METRICS
+
+        return (
+            torch.empty_like(rewards, dtype=torch.float32),
+            torch.empty_like(rewards, dtype=torch.bool),
+            rewards.new_empty(len(METRICS), dtype=torch.float64),
+        )
+
+    @torch.library.register_fake("pyrl_native::gae_terms")
+    def _(
+        rewards: Tensor,
+        values: Tensor,
+        keep: Tensor,
+        bounds: Tensor,
+        bootstrap: Tensor,
+        gamma: float,
+        lam: float,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(rewards), torch.empty_like(rewards)

@@ -87,14 +87,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> objective_terms_op(
   return {out.loss, out.c, out.h, out.metrics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_advantage_op(const Tensor& rewards, const Tensor& order,
-                                                      const Tensor& offsets, int64_t method,
-                                                      bool unbiased, double eps) {
+std::tuple<Tensor, Tensor, Tensor> group_advantage_op(
+    const Tensor& rewards, const std::optional<Tensor>& order, const Tensor& offsets,
+    int64_t method, bool unbiased, double eps, int64_t filters, bool drop, double offset,
+    double scale) {
   const OnDevice device(rewards);
   AdvantageOutputs out;
-  const GroupAdvantage b = advantage_batch(rewards, order, offsets, method, unbiased, eps, out);
-  check_launch(group_advantage(b, device.stream()), "group_advantage_terms");
-  return {out.advantages, out.low, out.high};
+  const GroupAdvantage b = advantage_batch(rewards, order, offsets, method, unbiased, eps, filters,
+                                           drop, offset, scale, out);
+  const Tensor scratch = output(rewards, {group_advantage_scratch(b)}, ScalarType::Double);
+  check_launch(group_advantage(b, static_cast<double*>(scratch.data_ptr()), device.stream()),
+               "group_advantage_terms");
+  return {out.advantages, out.keep, out.metrics};
+}
+
+std::tuple<Tensor, Tensor> gae_op(const Tensor& rewards, const Tensor& values, const Tensor& keep,
+                                  const Tensor& bounds, const Tensor& bootstrap, double gamma,
+                                  double lam) {
+  const OnDevice device(rewards);
+  GaeOutputs out;
+  const Gae b = gae_batch(rewards, values, keep, bounds, bootstrap, gamma, lam, out);
+  check_launch(gae(b, device.stream()), "gae_terms");
+  return {out.advantages, out.returns};
 }
 
 }  // namespace pyrl::cuda
@@ -104,4 +118,5 @@ STABLE_TORCH_LIBRARY_IMPL(pyrl_native, CUDA, m) {
   m.impl("logits_grad_", TORCH_BOX(&pyrl::cuda::logits_grad_op));
   m.impl("objective_terms", TORCH_BOX(&pyrl::cuda::objective_terms_op));
   m.impl("group_advantage_terms", TORCH_BOX(&pyrl::cuda::group_advantage_op));
+  m.impl("gae_terms", TORCH_BOX(&pyrl::cuda::gae_op));
 }

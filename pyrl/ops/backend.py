@@ -100,13 +100,31 @@ class Backend(Protocol):
     def group_advantage_terms(
         self,
         rewards: Tensor,
-        order: Tensor,
+        order: Tensor | None,
         offsets: Tensor,
         method: int,
         unbiased: bool,
         eps: float,
+        filters: int,
+        drop: bool,
+        offset: float,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """advantages[n], group minimum[n], group maximum[n]; group g is order[offsets[g:g+2]]."""
+        """advantages fp32 [n], keep bool [n], metrics float64 (see ops/group_advantage.py) of
+        float64 rewards [n]; group g is order[offsets[g] : offsets[g + 1]]."""
+        ...
+
+    def gae_terms(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        keep: Tensor,
+        bounds: Tensor,
+        bootstrap: Tensor,
+        gamma: float,
+        lam: float,
+    ) -> tuple[Tensor, Tensor]:
+        """advantages and returns fp32 [T] (see ops/gae.py)."""
         ...
 
 
@@ -152,6 +170,18 @@ def select(backend: str | None, device: torch.device) -> str:
             f"but the inputs are on {device}"
         )
     return choice
+
+
+def select_formula(backend: str | None, device: torch.device, op: str) -> str:
+    """`select` for an op that is a torch formula under autograd: "torch" or "reference".
+
+    NotImplementedError for another backend that was asked for by name.
+    """
+    choice = backend or os.environ.get("PYRL_BACKEND") or "torch"
+    name = select(choice, device)
+    if name not in ("torch", "reference"):
+        raise NotImplementedError(f"backend={name!r} has no {op}; 'torch' and 'reference' have")
+    return name
 
 
 def _interprets(name: str, device: torch.device) -> bool:

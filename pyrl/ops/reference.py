@@ -70,34 +70,102 @@ def restrict(z: Tensor, indptr: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
 
 
 def group_advantage(
-    rewards: Tensor, group_ids: Tensor, method: str, unbiased: bool, eps: float
+    rewards: Tensor,
+    group_ids: Tensor,
+    method: str,
+    unbiased: bool,
+    eps: float,
+    filters: int,
+    drop: bool,
+    offset: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages, and each sample's group minimum and maximum, one group at a time.
+    """Advantages float64 [n], keep bool [n] and metrics float64, one group at a time.
 
-    rewards [n], group_ids [n] any integers → three float64 [n]. A NaN reward leaves its group.
+    rewards [n], group_ids [n] any integers; see pyrl/ops/group_advantage.py. `filters`: bits 1
+    every r > 0, 2 every r <= 0, 4 all equal.
     """
-    r = rewards.double()
-    advantages, low, high = torch.zeros_like(r), r.clone(), r.clone()
+    given = rewards.double()
+    scored, r = ~given.isnan(), offset + scale * given
+    x, filtered = torch.zeros_like(r), torch.zeros_like(scored)
+    flat = 0
     for group in group_ids.unique():
-        member = (group_ids == group) & ~r.isnan()
-        x = r[member]
-        if x.numel() == 0:
+        member = (group_ids == group) & scored
+        if not member.any():
             continue
-        low[member], high[member] = x.min(), x.max()
-        alone = x.numel() == 1
-        mean = 0.0 if alone else x.mean()
-        std = 1.0 if alone else x.std(correction=int(unbiased))
-        equal = bool((x == x[0]).all()) and not alone
+        g, low, high = r[member], given[member].min(), given[member].max()
+        flat += int(low == high)
+        reasons = (low > 0, high <= 0, low == high)
+        filtered[member] = any(bool(reason) for i, reason in enumerate(reasons) if filters >> i & 1)
+        alone = g.numel() == 1
+        # A group of one has mean 0 and std 1; equal rewards deviate by exactly 0 from their mean.
+        mean = torch.zeros_like(g) if alone else g if low == high else g.mean()
         if method == "grpo":
-            a = torch.zeros_like(x) if equal else (x - mean) / (std + eps)
-        elif method == "mean":
-            a = torch.zeros_like(x) if equal else x - mean
+            std = 1.0 if alone else g.std(correction=int(unbiased))
+            x[member] = torch.where(g == mean, 0.0, (g - mean) / (std + eps))
         elif method == "rloo":
-            others = (x.sum() - x) / max(x.numel() - 1, 1)
-            a = torch.zeros_like(x) if alone or equal else x - others
+            others = (g.sum() - g) / max(g.numel() - 1, 1)
+            x[member] = 0.0 if alone or low == high else g - others
+        elif method in ("mean", "batch_std", "whiten_baseline"):
+            x[member] = g - mean
         elif method == "positive":
-            a = (x == x.max()).double()
-        else:
-            a = x
-        advantages[member] = a
-    return advantages, low, high
+            x[member] = (g == g.max()).double()
+        elif method == "correct":
+            x[member] = (g > 0).double()
+        else:  # raw, whiten
+            x[member] = g
+
+    live = scored & ~filtered if drop else scored
+    if method in ("batch_std", "whiten", "whiten_baseline") and live.any():
+        batch = r[live] if method == "batch_std" else x[live]
+        mean, std = batch.new_zeros(()), batch.new_ones(())
+        if batch.numel() > 1:
+            mean = batch.mean() if method != "batch_std" else mean
+            std = batch.std(correction=int(unbiased))
+        x = torch.zeros_like(x) if _equal(batch) else (x - mean) / (std + eps)
+    counts = [
+        rewards.numel(),
+        group_ids.unique().numel(),
+        flat,
+        filtered.sum(),
+        (~scored).sum(),
+        given[scored].sum(),
+        given[scored].square().sum(),
+        live.sum(),
+    ]
+    metrics = torch.tensor([float(v) for v in counts], dtype=torch.float64, device=r.device)
+    return torch.where(scored & ~filtered, x, 0.0), live, metrics
+
+
+def _equal(values: Tensor) -> bool:
+    return values.numel() > 1 and bool((values == values[0]).all())
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    keep: Tensor,
+    bounds: Tensor,
+    bootstrap: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """delta = r + gamma V' - V, A = delta + gamma lam A', R = A + V, one token at a time.
+
+    V' and A' are those of the sequence's next kept token, bootstrap and 0 after the last. All [T],
+    bounds [B + 1], bootstrap [B] → float64 [T], 0 where not kept.
+    """
+    advantages = torch.zeros_like(rewards, dtype=torch.float64)
+    returns = torch.zeros_like(advantages)
+    ends = bounds.tolist()
+    for s, bootstrapped in enumerate(bootstrap.double()):
+        next_value, next_advantage = bootstrapped, torch.zeros_like(bootstrapped)
+        for t in reversed(range(ends[s], ends[s + 1])):
+            if not keep[t]:
+                continue
+            value = values[t].double()
+            delta = rewards[t].double() + gamma * next_value - value
+            next_advantage = delta + gamma * lam * next_advantage
+            next_value = value
+            advantages[t], returns[t] = next_advantage, next_advantage + value
+    return advantages, returns

@@ -19,6 +19,7 @@ if importlib.util.find_spec("triton") is None:
         "test_support.py",
         "test_objective.py",
         "test_group_advantage.py",
+        "test_gae.py",
     ]
 
 

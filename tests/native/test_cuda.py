@@ -167,16 +167,39 @@ def test_objective_on_several_streams_at_once(name):
         assert torch.equal(r[0], expected[0]) and torch.equal(r[3], expected[3])
 
 
-@pytest.mark.parametrize("method", range(5))
-@pytest.mark.parametrize("n", (0, 1, 17, 30_000))
-def test_group_advantage(n, method):
-    rewards = torch.randn(n, generator=torch.Generator().manual_seed(n))
+@pytest.mark.parametrize("method", range(9))
+# 30 000 samples in 4286 groups; one group of 5000; two million: more groups than warps.
+@pytest.mark.parametrize(
+    "n, size", ((0, 7), (1, 7), (17, 7), (30_000, 7), (5000, 5000), (2**21, 8))
+)
+def test_group_advantage(n, size, method):
+    rewards = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) + 1e3
     rewards[::13] = math.nan
-    order = torch.arange(n)
-    offsets = torch.full((n + 1,), n)
-    starts = torch.arange(0, n, 7) if n else torch.zeros(1, dtype=torch.int64)
-    offsets[: len(starts)] = starts
-    expected = ops.group_advantage_terms(rewards, order, offsets, method, True, 1e-6)
-    actual = ops.group_advantage_terms(*on_gpu(rewards, order, offsets), method, True, 1e-6)
-    for a, e in zip(actual, expected, strict=True):
-        close(a, e, rtol=1e-6, atol=1e-7)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    offsets = torch.arange(0, n + size, size).clamp(max=n)
+    for filters, drop in ((0, False), (5, True)):
+        rest = (method, True, 1e-6, filters, drop, -1.0, 2.0)
+        expected = ops.group_advantage_terms(rewards, order, offsets, *rest)
+        gpu = on_gpu(rewards, order, offsets)
+        actual = ops.group_advantage_terms(*gpu, *rest)
+        close(actual[0], expected[0], rtol=1e-6, atol=1e-7)
+        assert torch.equal(actual[1].cpu(), expected[1])
+        close(actual[2], expected[2], rtol=1e-12, atol=1e-12)
+        again = ops.group_advantage_terms(*gpu, *rest)
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+@pytest.mark.parametrize("gamma, lam", ((1.0, 0.95), (0.9, 0.0), (1.0, 1.0)))
+# A warp takes 32 tokens at a time; 70 000 sequences are more than one wave of blocks.
+@pytest.mark.parametrize("lengths", ([], [0, 1, 31, 32, 33, 4097], [3] * 70_000), ids=len)
+def test_gae(lengths, gamma, lam):
+    g = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    rewards, values = torch.randn(2, tokens, generator=g).unbind()
+    keep = torch.rand(tokens, generator=g) < 0.7
+    rewards[~keep], values[~keep] = math.nan, math.inf
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = (rewards, values, keep, bounds, torch.randn(len(lengths), generator=g))
+    expected = ops.gae_terms(*inputs, gamma, lam)
+    for a, e in zip(ops.gae_terms(*on_gpu(*inputs), gamma, lam), expected, strict=True):
+        close(a, e, rtol=1e-6, atol=1e-6)

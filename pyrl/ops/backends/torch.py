@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyrl.ops.group_advantage import METHODS
 from pyrl.ops.support import span_entries
 
 
@@ -125,45 +126,151 @@ def _softmax_dx(x: Tensor, lse: Tensor, entropy: Tensor, through_lse: Tensor, h:
 
 
 def group_advantage_terms(
-    rewards: Tensor, order: Tensor, offsets: Tensor, method: int, unbiased: bool, eps: float
+    rewards: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    method: int,
+    unbiased: bool,
+    eps: float,
+    filters: int,
+    drop: bool,
+    offset: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Backend.group_advantage_terms`."""
-    n = rewards.numel()
-    group = torch.empty_like(order)
-    group[order] = torch.searchsorted(offsets[1:], torch.arange(n, device=order.device), right=True)
-    scored = ~rewards.isnan()
-    r = torch.where(scored, rewards, 0.0)
+    """See `Backend.group_advantage_terms`. Sums run over segments of the sorted rewards, in an
+    order that never changes (index_add on a GPU has none)."""
+    name = METHODS[method]
+    r = rewards if order is None else rewards[order]
+    scored = ~r.isnan()
+    positions = torch.arange(r.numel(), device=r.device)
+    group = torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
 
-    def total(values: Tensor) -> Tensor:
-        return torch.zeros(n, dtype=values.dtype, device=r.device).index_add_(0, group, values)
+    def over(values: Tensor, how: str = "sum", empty: float = 0.0) -> Tensor:
+        return torch.segment_reduce(values, how, offsets=offsets, initial=empty, unsafe=True)
 
-    def extreme(how: str, start: float) -> Tensor:
-        filled = torch.where(scored, rewards, start)
-        return torch.full_like(r, start).scatter_reduce_(0, group, filled, how)[group]
+    given = torch.where(scored, r, 0.0)
+    size, count = offsets.diff().double(), over(scored.double())
+    low = over(torch.where(scored, r, torch.inf), "min", torch.inf)
+    high = over(torch.where(scored, r, -torch.inf), "max", -torch.inf)
+    flat, alone = (count > 0) & (low == high), count == 1
+    # Two passes: the deviations correct the rounding of the first mean. Equal rewards have none.
+    mean = over(given) / count.clamp(min=1)
+    deviation = torch.where(scored, r - mean[group], 0.0)
+    shift = over(deviation) / count.clamp(min=1)
+    mean = torch.where(flat, low, mean + shift)
+    squares = torch.where(flat, 0.0, over(deviation.square()) - count * shift.square())
 
-    count = total(scored.to(r.dtype))[group]
-    mean = total(r)[group] / count.clamp(min=1)
-    alone = count <= 1
-    low, high = extreme("amin", torch.inf), extreme("amax", -torch.inf)
-    centred = torch.where(alone, r, r - mean)
-    if method == 0:
-        squares = total(torch.where(scored, r - mean, 0.0).square())[group]
-        std = (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
-        # Equal rewards have no spread: rounding of the mean must not be divided by eps.
-        centred = torch.where((low == high) & ~alone, 0.0, centred)
-        advantages = centred / (torch.where(alone, 1.0, std) + eps)
-    elif method == 1:
-        advantages = torch.where((low == high) & ~alone, 0.0, centred)
-    elif method == 2:
-        advantages = torch.where(alone, 0.0, (r - mean) * count / (count - 1).clamp(min=1))
-        advantages = torch.where(low == high, 0.0, advantages)
-    elif method == 3:
-        advantages = (r == high).to(r.dtype)
-    else:
-        advantages = r
-    nan = torch.full_like(r, torch.nan)
-    return (
-        torch.where(scored, advantages, 0.0),
-        torch.where(scored, low, nan),
-        torch.where(scored, high, nan),
+    filtered = torch.zeros_like(flat)
+    if filters & 1:
+        filtered |= (count > 0) & (low > 0)
+    if filters & 2:
+        filtered |= (count > 0) & (high <= 0)
+    if filters & 4:
+        filtered |= flat
+
+    mapped = offset + scale * given
+    value = torch.where(alone[group], mapped, scale * (given - mean[group]))
+    if name == "grpo":
+        std = abs(scale) * (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
+        std = torch.where(alone, 1.0, std)
+        value = torch.where((flat & ~alone)[group], 0.0, value / (std + eps)[group])
+    elif name == "rloo":
+        factor = torch.where(alone, 0.0, count / (count - 1).clamp(min=1))
+        value = value * factor[group]
+    elif name == "positive":
+        value = (given == (high if scale > 0 else low)[group]).double()
+    elif name == "correct":
+        value = (mapped > 0).double()
+    elif name in ("raw", "whiten"):
+        value = mapped
+
+    gone = scored & filtered[group]
+    keep = scored & ~gone if drop else scored
+    if name in ("batch_std", "whiten", "whiten_baseline"):
+        # A group's deviations from its own mean sum to exactly 0, unless the group is of one.
+        summed = torch.where(alone[group], mapped, 0.0) if name == "whiten_baseline" else mapped
+        value = _batch_scaled(
+            value, value if name == "whiten_baseline" else mapped, summed, keep, unbiased, eps,
+            centre=name != "batch_std",
+        )  # fmt: skip
+    advantages = torch.where(scored & ~gone, value, 0.0).float()
+    sums = (
+        size.sum(),
+        (size > 0).sum(),
+        flat.sum(),
+        gone.sum(),
+        (~scored).sum(),
+        given.sum(),
+        given.square().sum(),
+        keep.sum(),
     )
+    metrics = torch.stack([v.double() for v in sums])
+    if order is None:
+        return advantages, keep, metrics
+    return (
+        torch.empty_like(advantages).scatter_(0, order, advantages),
+        torch.empty_like(keep).scatter_(0, order, keep),
+        metrics,
+    )
+
+
+def _batch_scaled(
+    value: Tensor,
+    batch: Tensor,
+    summed: Tensor,
+    live: Tensor,
+    unbiased: bool,
+    eps: float,
+    *,
+    centre: bool,
+) -> Tensor:
+    """(value - mean) / (std + eps) with the moments of batch[live]; sum(summed) = sum(batch)."""
+    count = live.sum()
+    mean = torch.where(live, summed, 0.0).sum() / count.clamp(min=1)
+    squares = torch.where(live, batch - mean, 0.0).square().sum()
+    std = torch.where(count > 1, (squares / (count - int(unbiased)).clamp(min=1)).sqrt(), 1.0)
+    low = torch.where(live, batch, torch.inf)
+    high = torch.where(live, batch, -torch.inf)
+    edge = batch.new_full((1,), torch.inf)  # extremes of nothing
+    flat = (count > 1) & (torch.cat([low, edge]).min() == torch.cat([high, -edge]).max())
+    shift = torch.where((count > 1) & centre, mean, 0.0)
+    return torch.where(flat, 0.0, (value - shift) / (std + eps))
+
+
+def gae_terms(
+    rewards: Tensor,
+    values: Tensor,
+    keep: Tensor,
+    bounds: Tensor,
+    bootstrap: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.gae_terms`: log2(T) rounds over [T], whatever the lengths of the sequences.
+
+    With u = gamma V' + gamma lam A' of the next kept token, A = r - V + u, and a kept token turns u
+    into gamma lam u + gamma (1 - lam) V + gamma lam r. Round k composes these maps over 2^k tokens.
+    """
+    tokens = rewards.numel()
+    if tokens == 0:
+        return torch.empty_like(rewards), torch.empty_like(rewards)
+    r, v = (torch.where(keep, x, 0.0).double() for x in (rewards, values))
+    factor = torch.where(keep, torch.full_like(v, gamma * lam), 1.0)
+    constant = gamma * (1 - lam) * v + gamma * lam * r
+    # What token t sees: the map of token t + 1, or gamma bootstrap at the end of its sequence.
+    positions = torch.arange(tokens, device=r.device)
+    sequence = torch.searchsorted(bounds[1:].contiguous(), positions, right=True)
+    last = bounds[1:][sequence] == positions + 1
+    factor = torch.where(last, 0.0, factor.roll(-1))
+    constant = torch.where(last, gamma * bootstrap.double()[sequence], constant.roll(-1))
+    step = 1
+    while step < tokens:
+        c = factor[:-step]
+        # Selected: beyond a sequence's end the factor is 0 and the next sequence may be infinite.
+        add = torch.where(c != 0, c * constant[step:], 0.0)
+        constant = torch.cat([constant[:-step] + add, constant[-step:]])
+        factor = torch.cat([c * factor[step:], factor[-step:]])
+        step *= 2
+    advantages = torch.where(keep, r - v + constant, 0.0)
+    returns = torch.where(keep, r + constant, 0.0)
+    return advantages.float(), returns.float()

@@ -7,6 +7,7 @@ from typing import Any
 from pyrl.kernels import unavailable_reason
 
 __all__ = [
+    "gae_terms",
     "group_advantage_terms",
     "logits_grad_",
     "logits_stats",
@@ -46,3 +47,10 @@ def group_advantage_terms(*args: Any) -> Any:
     from pyrl.kernels import group_advantage
 
     return group_advantage.group_advantage_terms(*args)
+
+
+def gae_terms(*args: Any) -> Any:
+    """See `Backend.gae_terms`."""
+    from pyrl.kernels import gae
+
+    return gae.gae_terms(*args)
