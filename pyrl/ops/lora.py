@@ -68,20 +68,21 @@ def linear_head(module: nn.Module) -> LinearHead:
     aLoRA), an adapter bias, active dropout (the sampler has none, so no ratio would be 1), a
     quantised base layer.
     """
-    copies = getattr(module, "modules_to_save", None)
+    layer: Any = module  # peft's attributes are not of nn.Module
+    copies = getattr(layer, "modules_to_save", None)
     if copies is not None:
-        used = [] if module.disable_adapters else [n for n in _adapters(module) if n in copies]
-        module = copies[used[0]] if used else module.original_module
-    base = getattr(module, "base_layer", module)
+        used = [] if layer.disable_adapters else [n for n in _adapters(layer) if n in copies]
+        layer = copies[used[0]] if used else layer.original_module
+    base = getattr(layer, "base_layer", layer)
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise NotImplementedError(
             f"linear_head: {type(base).__name__} has no floating weight; keep the head unquantised"
         )
-    if base is module or module.disable_adapters or module.merged:
+    if base is layer or layer.disable_adapters or layer.merged:
         return LinearHead(weight, bias, None)
-    names = [name for name in _adapters(module) if name in module.lora_A]
-    loras = [_adapter(module, name) for name in names]
+    names = [name for name in _adapters(layer) if name in layer.lora_A]
+    loras = [_adapter(layer, name) for name in names]
     if len(loras) < 2:
         return LinearHead(weight, bias, loras[0] if loras else None)
     a = torch.cat([lora.scale * lora.a for lora in loras])

@@ -44,11 +44,13 @@ class Fields(NamedTuple):
     def rows(self, index: Tensor | slice) -> Fields:
         """The fields of some tokens, for a spec whose tokens do not depend on each other."""
         assert self.bounds is None
-        return Fields(*(None if v is None else v[index] for v in self))
+        return Fields._make(None if v is None else v[index] for v in self)
 
     def double(self) -> Fields:
         """The same fields in float64, for the oracle."""
-        return Fields(*(v.double() if v is not None and v.is_floating_point() else v for v in self))
+        return Fields._make(
+            v.double() if v is not None and v.is_floating_point() else v for v in self
+        )
 
 
 def policy_objective(
