@@ -24,13 +24,20 @@ from pyrl.ops.policy_objective import (
     FORMULA_BACKENDS,
     Fields,
     PolicyLoss,
+    canonical_tokens,
     collect,
     named_metrics,
     policy_objective,
 )
 from pyrl.ops.shapes import layout
 from pyrl.ops.spec import METRICS, LossSpec
-from pyrl.ops.support import Support, SupportRows, check_support, support_fields
+from pyrl.ops.support import (
+    Support,
+    SupportRows,
+    check_support,
+    support_fields,
+    support_hashes,
+)
 
 
 def linear_policy_loss(
@@ -174,7 +181,8 @@ def _linear_policy_loss(
     check_support(indptr, ids, target, keep, vocab)
     loss_spec, kernels = LossSpec.from_json(spec), load(backend)
     params, scale, cap = loss_spec.params(), loss_spec.logit_scale, loss_spec.softcap or 0.0
-    x, index = kept_rows(hidden, keep)
+    held = (target, inv_temperature, old, ref, rollout, advantage, token_weight)
+    x, index = kept_rows(hidden, keep, *held, support_hashes(indptr, ids))
     step = chunk_rows(x, vocab)
     leaves = (hidden, weight, bias, lora_a, lora_b)
     grads = HeadGradients(*leaves, Needs(*needs), chunks=-(-len(x) // step))
@@ -201,7 +209,8 @@ def _linear_policy_loss(
             )
             grads.add(z, x[rows], head, where)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
-    loss, _, _, metrics = kernels.objective_terms(logprob, entropy, *fields, params)
+    tokens = canonical_tokens(logprob, entropy, fields)
+    loss, _, _, metrics = kernels.objective_terms(*tokens[:2], *tokens[2], params)
     return loss, logprob, entropy, metrics, scale_up, *grads.result(lora_scale)
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrl.ops.deterministic import full_tile
+
 #: Rows of the vocabulary that are cast to fp32 at a time on the CPU: the casts stay in cache.
 SLAB = 4096
 
@@ -52,7 +54,7 @@ class Head(NamedTuple):
         the CPU half-precision logits are rounded to their dtype, as plain torch's are."""
         # Under autocast a GEMM would run in another dtype than its inputs', forward only.
         with torch.autocast(x.device.type, enabled=False):
-            return self._logits(x)
+            return self._logits(full_tile(x))[: len(x)]
 
     def _logits(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and x.dtype != torch.float32:
@@ -138,7 +140,8 @@ class HeadGradients:
             self._add(dz.to(x.dtype), x, head, index)
 
     def _add(self, dz: Tensor, x: Tensor, head: Head, index: Tensor | slice) -> None:
-        vocab, needs = dz.shape[1], self.needs
+        vocab, needs, rows = dz.shape[1], self.needs, len(dz)
+        dz, x = full_tile(dz), full_tile(x)
         if needs.bias:
             self.bias[:vocab] += dz.sum(dim=0, dtype=torch.float32)
         if needs.weight:
@@ -153,7 +156,7 @@ class HeadGradients:
             if needs.b:
                 self._accumulate(self.b[:vocab], dz, torch.mm(x, head.a.t()), exact=True)
         if needs.hidden:
-            self.hidden[index] = self._dhidden(dz, du, head)
+            self.hidden[index] = self._dhidden(dz, du, head)[:rows]
 
     def _dhidden(self, dz: Tensor, du: Tensor | None, head: Head) -> Tensor:
         mm = exact_mm if self.partial else torch.mm

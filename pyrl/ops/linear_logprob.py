@@ -11,13 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrl.ops import reference
+from pyrl.ops import deterministic, reference
 from pyrl.ops.backend import load, once_differentiable, select
 from pyrl.ops.head import Head, HeadGradients, Needs, fake_gradients
 from pyrl.ops.lora import LoRA
 from pyrl.ops.shapes import check_shape, layout, on_cpu
 from pyrl.ops.sharded import check_whole
-from pyrl.ops.support import Support, SupportRows, check_support, support_fields
+from pyrl.ops.support import (
+    Support,
+    SupportRows,
+    check_support,
+    support_fields,
+    support_hashes,
+)
 
 #: Bytes of one chunk of logits. CPU: what stays near the last-level cache while the GEMMs over it
 #: are still long enough to run at full rate. GPU: what keeps the GEMMs saturated.
@@ -167,15 +173,24 @@ def inv_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
 
 def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
     """Rows of logits that one chunk holds."""
+    if deterministic.enabled():
+        return deterministic.TILE
     size = 4 if hidden.device.type == "cuda" else hidden.element_size()
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
     return max(1, budget // (size * max(vocabulary, 1)))
 
 
-def kept_rows(hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | slice]:
-    """The rows that carry loss, and how they index the full row axis."""
+def kept_rows(
+    hidden: Tensor, keep: Tensor, *fields: Tensor | None
+) -> tuple[Tensor, Tensor | slice]:
+    """The rows that carry loss, and how they index the full row axis.
+
+    In deterministic mode in canonical order, for which `fields` are what else a row holds.
+    """
     index = keep.nonzero().squeeze(1)
-    if index.numel() == keep.numel():
+    if deterministic.enabled():
+        index = deterministic.canonical(index, hidden, *fields)
+    elif index.numel() == keep.numel():
         return hidden, slice(None)
     return hidden[index], index
 
@@ -255,7 +270,8 @@ def _linear_logprob_backward(
     """
     kernels = load(backend)
     # Rows without a gradient (clipped, zero advantage) take no part in the GEMMs.
-    x, index = kept_rows(hidden, keep & ((c != 0) | (h != 0) | (g != 0)))
+    fields = (target, inv_temperature, c, h, g, support_hashes(indptr, ids))
+    x, index = kept_rows(hidden, keep & ((c != 0) | (h != 0) | (g != 0)), *fields)
     step = chunk_rows(x, vocab)
     leaves = (hidden, weight, bias, lora_a, lora_b)
     grads = HeadGradients(*leaves, Needs(*needs), chunks=-(-len(x) // step), partial=partial)

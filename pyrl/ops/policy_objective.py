@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrl.ops import deterministic
 from pyrl.ops.backend import load, once_differentiable, select
 from pyrl.ops.objective import policy_objective_terms
 from pyrl.ops.shapes import Layout, check_finite, flat_float, layout, per_token, token_weights
@@ -109,6 +110,7 @@ def policy_objective(
     else:
         flat = flat.float().contiguous()
         entropy = None if entropy is None else entropy.float().contiguous()
+    flat, entropy, fields = canonical_tokens(flat, entropy, fields)
     if name in FORMULA_BACKENDS:
         loss, metrics = policy_objective_terms(flat, entropy, *fields, spec)
     else:
@@ -151,6 +153,23 @@ def collect(
         where.keep,
         where.cu_seqlens if spec.couples_tokens else None,
     )
+
+
+def canonical_tokens(
+    logprob: Tensor, entropy: Tensor | None, fields: Fields
+) -> tuple[Tensor, Tensor | None, Fields]:
+    """In deterministic mode the kept tokens alone, in an order that depends only on what they hold,
+    where tokens are coupled by whole sequences; else everything as it is."""
+    if not deterministic.enabled():
+        return logprob, entropy, fields
+    held = (logprob, entropy, *fields[:5])
+    if fields.bounds is None:
+        index = deterministic.canonical(fields.keep.nonzero()[:, 0], *held)
+        bounds = None
+    else:
+        index, bounds = deterministic.canonical_sequences(fields.keep, fields.bounds, *held)
+    fields = fields._replace(bounds=None).rows(index)._replace(bounds=bounds)
+    return logprob[index], None if entropy is None else entropy[index], fields
 
 
 def named_metrics(metrics: Tensor, where: Layout) -> dict[str, Tensor]:

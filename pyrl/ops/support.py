@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrl.ops import deterministic
+
 #: Logits or mask entries that the constructors handle at a time.
 CHUNK = 1 << 22
 
@@ -216,6 +218,15 @@ def _refuse_indptr(indptr: Tensor, entries: int) -> None:
         f"support.indptr[{indptr.numel() - 1}] = {int(indptr[-1])}: expected {entries}, the "
         "number of ids"
     )
+
+
+def support_hashes(indptr: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    """int64 [T]: a hash of each token's support, for deterministic mode; None without a support."""
+    if indptr is None or ids is None or not deterministic.enabled():
+        return None
+    running = deterministic.hashes(ids).cumsum(0)
+    running = torch.cat([running.new_zeros(1), running])
+    return running[indptr[1:]] - running[indptr[:-1]]
 
 
 class SupportRows:

@@ -128,10 +128,21 @@ class RolloutConfig(Section):
 class AdvantageConfig(Section):
     """From rewards to advantages, group by group."""
 
-    method: Literal["grpo", "mean", "rloo", "positive", "raw"] = "grpo"
-    """grpo (r-mean)/(std+eps); mean r-mean; rloo r-mean of the others; positive 1[r=max]; raw r.
-    Where it is not given, `loss.preset` decides: raft and raft++ positive, dr_grpo mean, rloo rloo,
-    all others grpo."""
+    method: Literal[
+        "grpo",
+        "mean",
+        "rloo",
+        "positive",
+        "raw",
+        "batch_std",
+        "whiten",
+        "whiten_baseline",
+        "correct",
+    ] = "grpo"
+    """grpo (r-mean)/(std+eps); mean r-mean; rloo r-mean of the others; positive 1[r=max]; raw r;
+    correct 1[r>0]; batch_std (r-mean)/(std of the batch+eps); whiten: by the batch's mean and std;
+    whiten_baseline: r-mean of the group, whitened. Where it is not given, `loss.preset` decides:
+    raft and raft++ positive, dr_grpo mean, rloo rloo, all others grpo."""
     filter: list[Literal["drop_all_correct", "drop_all_wrong", "drop_zero_std"]] = Field(
         default_factory=list
     )
@@ -276,6 +287,10 @@ else:
     )
 
 
+#: Advantage methods that subtract the mean of their group.
+_GROUP_BASELINE = ("grpo", "mean", "rloo", "batch_std", "whiten_baseline")
+
+
 class Config(Section):
     """A training run."""
 
@@ -305,7 +320,7 @@ class Config(Section):
     def warnings(self) -> list[str]:
         """What is allowed and may surprise."""
         found = []
-        if self.rollout.n == 1 and self.advantage.method in ("grpo", "mean", "rloo"):
+        if self.rollout.n == 1 and self.advantage.method in _GROUP_BASELINE:
             found.append(
                 f"rollout.n = 1 with advantage.method = {self.advantage.method!r}: a group of one "
                 "has no baseline (rloo: no advantage at all); use n >= 2 or method = 'raw'"
@@ -315,7 +330,7 @@ class Config(Section):
                 "rollout.top_p/top_k truncate the sampling distribution; the training log-probs "
                 "are those of the whole vocabulary, so every gradient is slightly off-policy"
             )
-        centred = self.advantage.method in ("grpo", "mean", "rloo") and self.rollout.n > 1
+        centred = self.advantage.method in _GROUP_BASELINE and self.rollout.n > 1
         if centred and self.train.updates_per_step * self.train.passes == 1:
             found.append(
                 "the loss will read about 0: on-policy the ratio is 1 and a group's advantages sum "

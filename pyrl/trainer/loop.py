@@ -119,6 +119,7 @@ def train_step(session: Session) -> None:
                     bias=head.bias,
                     old_logprob=None if on_policy else old_logprob,
                     ref_logprob=ref_logprob,
+                    rollout_logprob=row.rollout_logprob,
                     mask=row.loss_mask,
                     cu_seqlens=row.cu_seqlens,
                     weights=row.weights if spec.aggregation == "weighted" else None,
@@ -140,7 +141,7 @@ def train_step(session: Session) -> None:
     canary = sync(session, step)
 
     metrics: dict[str, Any] = {"step": step, **batch_metrics(sampled)}
-    metrics |= loss_metrics(losses, len(norms), has_ref=spec.needs_ref)
+    metrics |= loss_metrics(losses, len(norms), spec)
     metrics |= {
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
         "lr": lr,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrl.algorithms import Group
-from pyrl.losses import reduce_metrics
+from pyrl.losses import LossSpec, reduce_metrics
 
 STEP_PHASES = ("sample", "score", "logprob", "update", "sync")
 PHASES = (*STEP_PHASES, "evaluate", "checkpoint")
@@ -68,11 +68,12 @@ def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def loss_metrics(
-    parts: Iterable[dict[str, Tensor]], updates: int, *, has_ref: bool
+    parts: Iterable[dict[str, Tensor]], updates: int, spec: LossSpec
 ) -> dict[str, float | None]:
     """Means of the micro-batches' sums: losses per update, everything else per kept token.
 
-    None: `kl` without a reference, and everything when nothing was computed (no gradient at all).
+    None: what the spec does not use (a reference, a correction, an off-policy mask), and everything
+    when nothing was computed (no gradient at all).
     """
     m = {name: float(value) for name, value in reduce_metrics(parts).items()}
     n = m.get("tokens", 0.0)
@@ -82,6 +83,7 @@ def loss_metrics(
     def per(name: str, count: float) -> float | None:
         return m[name] / count if name in m else None
 
+    corrected, masks = spec.correction is not None, spec.off_policy_threshold is not None
     terms = [per(name, updates) for name in ("policy_loss", "kl_loss", "entropy_loss")]
     return {
         "loss": sum(t for t in terms if t is not None) if m else None,
@@ -89,14 +91,19 @@ def loss_metrics(
         "kl_loss": terms[1],
         "entropy_loss": terms[2],
         "entropy": per("entropy_sum", n),
-        "kl": per("kl_k3_sum", n) if has_ref else None,
+        "kl": per("kl_k3_sum", n) if spec.needs_ref else None,
         "old_kl": per("old_kl_sum", n),
+        "rollout_kl": per("rollout_kl_sum", max(1.0, n - m.get("nan_rollout", 0.0))),
         "ratio_mean": per("ratio_sum", n),
         "ratio_min": m.get("ratio_min"),
         "ratio_max": m.get("ratio_max"),
         "clip_low_share": per("clip_low", n),
         "clip_high_share": per("clip_high", n),
         "dual_clip_share": per("dual_clip", n),
+        "correction_mean": per("correction_sum", n) if corrected else None,
+        "correction_max": m.get("correction_max") if corrected else None,
+        "correction_masked_share": per("correction_masked", n) if corrected else None,
+        "off_policy_share": per("off_policy_masked", n) if masks else None,
         "ess": m["ratio_sum"] ** 2 / m["ratio_sq_sum"] / n if m.get("ratio_sq_sum") else None,
         "logprob_mean": per("logprob_sum", n),
     }

@@ -278,4 +278,6 @@ def test_bad_input_names_itself():
             hidden, weight, target, advantages, LossSpec(), ref_hidden=hidden, **fields
         )
     with pytest.raises(ValueError, match=r"expected Support\(indptr, ids\), got object"):
-        pyrl.linear_policy_loss(hidden, weight, target, advantages, LossSpec(), support=object())
+        pyrl.linear_policy_loss(
+            hidden, weight, target, advantages, LossSpec(), support=object(), **fields
+        )

@@ -311,6 +311,7 @@ def test_nothing_else_of_the_logits_size_is_made(backend):
 @pytest.mark.parametrize("backend", serving())
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_fullgraph(backend, name):
+    torch.compiler.reset()  # every case is one more variant of the same code
     leaf, target, advantages, fields = inputs(support=True)
     eager, grad = run(backend, SPECS[name], leaf, target, advantages, fields)
 

@@ -9,7 +9,7 @@ from pyrl import LossSpec, Support
 from pyrl.parity import DEVICE, serving
 from pyrl.testing import tiny_config
 
-PROMPTS, LENGTH, NEW = 24, 6, 20
+PROMPTS, LENGTH, NEW = 24, 6, 20  # 480 tokens: a mean ratio known to well under a percent
 SAMPLERS = {
     "top_p": {"top_p": 0.8},
     "top_k": {"top_k": 20, "temperature": 1.2},
@@ -51,9 +51,13 @@ def rollout(request, model):
 @pytest.mark.parametrize("backend", [*serving(), "reference"])
 def test_ratio_of_an_unchanged_policy(backend, model, rollout):
     hidden, target, sampled, support, temperature = rollout
+    if backend == "triton" and DEVICE.type == "cpu":  # as many tokens as show it: its rows take milliseconds each
+        rows = slice(0, 2)
+        hidden, target, sampled = hidden[rows], target[rows], sampled[rows]
+        support = support.take(torch.arange(target.numel()))
     spec = LossSpec(objective="clip", temperature=temperature)
     weight = model.lm_head.weight.detach()
-    advantages = torch.ones(PROMPTS, device=DEVICE)
+    advantages = torch.ones(len(target), device=DEVICE)
 
     def mean_ratio(**options):
         with torch.no_grad():
@@ -82,6 +86,7 @@ def test_the_support_of_the_logits_is_the_sampler_s(model, rollout, request):
     hidden, target, _, support, _ = rollout
     options = SAMPLERS[request.node.callspec.params["rollout"]]
     logits = torch.nn.functional.linear(hidden, model.lm_head.weight)
+    logits[..., model.generation_config.eos_token_id] = -torch.inf  # `min_new_tokens` bans it
     recomputed = Support.from_logits(logits, **options)
     # The same logits up to rounding: only a token at the very edge of a set could differ.
     same = recomputed.indptr.diff() == support.indptr.diff()

@@ -73,7 +73,7 @@ def test_parse_value(text, value):
         ("", {"task.options.a": "[1, {b = -inf}]"}, ["task.options", "a.1.b = -inf: expected"]),
         ("", {"rollout.options.day": "2020-01-01"}, ["rollout.options", "expected text, a number"]),
         ("", {"model.dtype": "fp8"}, ["model.dtype = 'fp8'", "'bfloat16' or 'float32'"]),
-        ("", {"loss.objective": "ppo"}, ["loss.objective = 'ppo'", "'reinforce' or 'clip'"]),
+        ("", {"loss.objective": "ppo"}, ["loss.objective = 'ppo'", "'reinforce', 'clip'"]),
         ("", {"loss.clip_low": "3"}, ["--loss.clip_low", "[0, 1]"]),
         ("", {"loss.preset": "grop"}, ["--loss.preset", "'grop'", *sorted(PRESETS)]),
         ("", {"optimizer.betas": "[1.0, 0.9]"}, ["optimizer.betas", "[0, 1)"]),
