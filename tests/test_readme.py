@@ -1,4 +1,4 @@
-"""What README.md shows runs as it is written."""
+"""What README.md and docs/drop-in.md show runs as it is written."""
 
 import re
 import shlex
@@ -9,11 +9,10 @@ import pytest
 from pyrl.cli import _parser, _prepared
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def blocks(language, file="README.md"):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / file).read_text(), re.M | re.S)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -40,3 +39,20 @@ def test_commands_have_the_flags_they_show():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     used = re.findall(r"make ([a-z-]+)", "\n".join(lines))
     assert used and set(used) <= set(targets)
+
+
+def test_the_drop_in_step_trains():
+    (code,) = blocks("python", "docs/drop-in.md")
+    shown = {}
+    exec(compile(code, "drop-in.md", "exec"), shown)
+    assert shown["out"].metrics["tokens"] == 4 * 7
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in shown["model"].parameters())
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+)
+def test_links_lead_somewhere(file):
+    path = ROOT / file
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target).is_file(), target
