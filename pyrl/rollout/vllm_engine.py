@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -147,9 +148,11 @@ class VLLMEngine:
         if kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
         self._own_group = not torch.distributed.is_initialized()
+        running = set(threading.enumerate())
         with _untouched_process(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own making
             self._llm = self._vllm.LLM(model_path, **(options | llm_options))
+        self._threads = set(threading.enumerate()) - running
         self._can_sleep = gpu and enable_sleep
         self._names, self._tied = _weight_names(model_path)
         self._in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
@@ -334,6 +337,10 @@ class VLLMEngine:
             return
         llm.llm_engine.engine_core.shutdown()
         del llm
+        # With an engine process of its own, vLLM's daemon threads end a little later; one that is
+        # still inside native code when the interpreter ends would abort the process.
+        for thread in self._threads:
+            thread.join(timeout=10)
         if self._own_group:  # else the process group is the trainer's
             from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 

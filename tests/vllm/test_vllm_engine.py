@@ -273,6 +273,7 @@ def test_an_engine_process_of_its_own_syncs_through_shared_memory(folder, tmp_pa
 
     script = tmp_path / "own_process.py"
     script.write_text(
+        "import threading\n"
         "import torch\n"
         "from pyrl.models import load_policy\n"
         "from pyrl.rollout import make_rollout\n"
@@ -290,18 +291,20 @@ def test_an_engine_process_of_its_own_syncs_through_shared_memory(folder, tmp_pa
         "    engine.sync(policy.model.named_parameters(), 1)\n"
         "    print('GAPS', before, gap())\n"
         "    engine.close()\n"
+        "    print('THREADS', threading.active_count())\n"
         "if __name__ == '__main__':\n"
         "    main()\n"
     )
     out = subprocess.run(
         [sys.executable, str(script)],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONFAULTHANDLER": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.returncode == 0, out.stdout + out.stderr[-3000:]
+    assert "THREADS 1" in out.stdout  # a daemon thread at the interpreter's end could abort it
     line = next(line for line in out.stdout.splitlines() if line.startswith("GAPS"))
     before, after = map(float, line.split()[1:])
     assert before > 1e-2 and after <= TOLERANCE
