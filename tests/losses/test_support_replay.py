@@ -51,7 +51,9 @@ def rollout(request, model):
 @pytest.mark.parametrize("backend", [*serving(), "reference"])
 def test_ratio_of_an_unchanged_policy(backend, model, rollout):
     hidden, target, sampled, support, temperature = rollout
-    if backend == "triton" and DEVICE.type == "cpu":  # as many tokens as show it: its rows take milliseconds each
+    if (
+        backend == "triton" and DEVICE.type == "cpu"
+    ):  # as many tokens as show it: its rows take milliseconds each
         rows = slice(0, 2)
         hidden, target, sampled = hidden[rows], target[rows], sampled[rows]
         support = support.take(torch.arange(target.numel()))
