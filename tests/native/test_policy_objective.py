@@ -394,3 +394,4 @@ def test_opcheck(name):
         if not MIXED[name].couples_tokens:
             inputs["bounds"] = None
         torch.library.opcheck(objective_terms, (*inputs.values(), MIXED[name].params()))
+    torch.library.opcheck(torch.ops.pyrl_native.objectives, ())
