@@ -188,7 +188,13 @@ inline ObjectiveBatch objective_batch(const Tensor& logprob, const std::optional
 // it never waits for a GPU.
 inline const double* objective_params(const Tensor& params) {
   PYRL_CHECK(params.is_cpu(), "params must be a CPU tensor");
-  return vector<double>(params, "params", kParams, params);
+  const double* p = vector<double>(params, "params", kParams, params);
+  for (const NamedParam& one : kNamedParams) {
+    const double number = p[one.at];
+    PYRL_CHECK(number >= 0.0 && number < one.names && number == static_cast<int>(number),
+               one.name, " number ", number, " is none of 0 ... ", one.names - 1);
+  }
+  return p;
 }
 
 struct AdvantageOutputs {

@@ -1,6 +1,6 @@
 // The policy objective of a token and of its sequence, with closed-form gradients: the one
 // definition that the CPU and the CUDA kernel share; pyrl/ops/objective.py is the same in torch. A
-// new objective is one function below and a line in policy_term.
+// new objective is one function below and a line in policy_term (docs/adding-a-loss.md).
 //
 // Where tokens are coupled, a sequence is worked in three sweeps over its kept tokens: its sums
 // (SequenceSums), the gradient through its shared ratio (objective_through), then losses and
@@ -42,8 +42,9 @@ struct Token {
         rollout(b.rollout ? b.rollout[i] : NAN),
         advantage(b.advantage[i]),
         weight(b.weight[i]) {}
-  // Without an old log-prob the token is on-policy: delta is 0, with gradient.
-  PYRL_HOST_DEVICE double delta() const { return missing(old) ? 0.0 : logprob - old; }
+  // Without an old log-prob the token is on-policy: delta is 0, with gradient. Subtracted all the
+  // same, so that a NaN log-prob stays seen.
+  PYRL_HOST_DEVICE double delta() const { return logprob - anchor(); }
   PYRL_HOST_DEVICE double anchor() const { return missing(old) ? logprob : old; }
   PYRL_HOST_DEVICE bool scored() const { return !missing(rollout); }
   PYRL_HOST_DEVICE double log_correction() const { return scored() ? anchor() - rollout : 0.0; }
@@ -205,13 +206,14 @@ PYRL_HOST_DEVICE PolicyTerm dppo_term(const ObjectiveParams& p, const Token& t, 
 PYRL_HOST_DEVICE PolicyTerm policy_term(const ObjectiveParams& p, const Token& t, double r,
                                         const Sequence& s) {
   switch (p.objective) {
+    case kReinforce: return reinforce_term(t);
     case kClip: return clip_term(p, t.advantage, r);
     case kCispo: return cispo_term(p, t, r);
     case kSapo: return sapo_term(p, t.advantage, r);
     case kGmpo: return gmpo_term(p, t, r);
     case kVespo: return vespo_term(p, t, s.log_weight);
     case kDppo: return dppo_term(p, t, r);
-    default: return reinforce_term(t);
+    default: return {NAN, NAN, NAN};  // never another loss; check.h has refused it
   }
 }
 

@@ -2,6 +2,15 @@
 // fakes are in pyrl/_native.py; what they compute is documented in kernels.h.
 #include <torch/csrc/stable/library.h>
 
+#include "spec.h"
+
+namespace {
+
+// How many objectives, in the order of pyrl/ops/spec.py, objective.h has.
+int64_t objectives() { return pyrl::kObjectives; }
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(pyrl_native, m) {
   m.def(
       "logits_stats(Tensor z, Tensor target, Tensor inv_temperature, float logit_scale, "
@@ -16,6 +25,7 @@ STABLE_TORCH_LIBRARY(pyrl_native, m) {
       "Tensor? rollout, Tensor advantage, Tensor weight, Tensor keep, Tensor? bounds, "
       "Tensor params) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("objectives() -> int");
   m.def(
       "group_advantage_terms(Tensor rewards, Tensor? order, Tensor offsets, int method, "
       "bool unbiased, float eps, int filters, bool drop, float offset, float scale) "
@@ -23,4 +33,8 @@ STABLE_TORCH_LIBRARY(pyrl_native, m) {
   m.def(
       "gae_terms(Tensor rewards, Tensor values, Tensor keep, Tensor bounds, Tensor bootstrap, "
       "float gamma, float lam) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyrl_native, CompositeExplicitAutograd, m) {
+  m.impl("objectives", TORCH_BOX(&objectives));
 }

@@ -14,14 +14,35 @@
 
 namespace pyrl {
 
-enum Objective { kReinforce, kClip, kCispo, kSapo, kGmpo, kVespo, kDppo };
-enum RatioLevel { kTokenRatio, kSequenceRatio, kSequenceTokenRatio };
-enum Divergence { kTotalVariation, kBinaryKl };
-enum Kl { kK1, kK2, kK3, kAbs, kK3St };
-enum CorrectionKind { kNoCorrection, kTis, kMis, kIcepop };
-enum CorrectionLevel { kTokenCorrection, kSequenceCorrection, kGeometricCorrection };
+// Each ends with its number of names.
+enum Objective { kReinforce, kClip, kCispo, kSapo, kGmpo, kVespo, kDppo, kObjectives };
+enum RatioLevel { kTokenRatio, kSequenceRatio, kSequenceTokenRatio, kRatioLevels };
+enum Divergence { kTotalVariation, kBinaryKl, kDivergences };
+enum Kl { kK1, kK2, kK3, kAbs, kK3St, kKls };
+enum CorrectionKind { kNoCorrection, kTis, kMis, kIcepop, kCorrections };
+enum CorrectionLevel {
+  kTokenCorrection,
+  kSequenceCorrection,
+  kGeometricCorrection,
+  kCorrectionLevels
+};
 
 constexpr int kParams = 27;
+
+// Where names are among the parameters, and how many there are: a number beyond them would compute
+// another loss, so the host refuses it (check.h).
+struct NamedParam {
+  int at, names;
+  const char* name;
+};
+constexpr NamedParam kNamedParams[] = {
+    {0, kObjectives, "objective"},
+    {1, kRatioLevels, "ratio_level"},
+    {14, kDivergences, "dppo_divergence"},
+    {17, kKls, "kl"},
+    {22, kCorrections, "correction"},
+    {23, kCorrectionLevels, "correction_level"},
+};
 
 // LossSpec.params(), in its order; an absent bound is infinite.
 struct ObjectiveParams {

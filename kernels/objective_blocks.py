@@ -59,7 +59,7 @@ class Block(NamedTuple):
     entropy: Any
     logp: Any
     old: Any
-    delta: Any  # logp - old, 0 where old is missing
+    delta: Any  # logp - old; where old is missing logp - logp, 0 unless logp is NaN
     nan_old: Any
     log_w: Any  # old - rollout, 0 where unscored
     scored: Any
@@ -100,12 +100,12 @@ def read(p, t, inside):
     keep = tl.load(p.keep + t, mask=inside, other=0).to(tl.int1) & inside
     zero, never = tl.zeros(t.shape, tl.float64), tl.zeros(t.shape, tl.int1)
     logp = _load(p.logprob, t, keep)
-    old, delta, nan_old = logp, zero, never
+    old, nan_old = logp, never
     if p.old is not None:
         old = _load(p.old, t, keep)
         nan_old = old != old
-        delta = tl.where(nan_old, 0.0, logp - old)
         old = tl.where(nan_old, logp, old)
+    delta = logp - old
     log_w, scored, nan_rollout, gap = zero, never, never, -delta
     if p.rollout is not None:
         rollout = _load(p.rollout, t, keep)

@@ -1,7 +1,7 @@
 """The formulas of the policy objective on a block of tokens, with their closed-form gradients.
 
 pyrl/ops/objective.py states the same formulas for autograd. A new objective is one function here,
-a branch of `policy_term` and a line of `NUMBERS`.
+a branch of `policy_term` and a line of `NUMBERS` (docs/adding-a-loss.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CORRECTIONS = ("none", "tis", "mis", "icepop")
 CORRECTION_LEVELS = ("token", "sequence", "geometric")
 DIVERGENCES = ("tv", "kl")
 
-REINFORCE, CLIP, CISPO, SAPO, GMPO, VESPO, DPPO = (tl.constexpr(i) for i in range(7))
+REINFORCE, CLIP, CISPO, SAPO, GMPO, VESPO, DPPO = (tl.constexpr(i) for i in range(len(NUMBERS)))
 TOKEN, SEQUENCE = tl.constexpr(0), tl.constexpr(1)  # levels of the ratio and of the correction
 _K1, _K2, _K3, _ABS, _K3_ST = (tl.constexpr(i) for i in range(5))
 _TIS, _TV = tl.constexpr(1), tl.constexpr(0)
@@ -61,7 +61,7 @@ class Tokens(NamedTuple):
 
     logp: Any
     old: Any
-    delta: Any  # logp - old, 0 where old is missing
+    delta: Any  # logp - old; where old is missing logp - logp, 0 unless logp is NaN
     ratio: Any  # of the ratio level
     log_w: Any  # vespo: the sequence's summed log-weights
     A: Any

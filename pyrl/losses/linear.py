@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrl.ops.backend import load, once_differentiable, select
+from pyrl.ops.backend import once_differentiable, select
 from pyrl.ops.head import Head, HeadGradients, Needs, fake_gradients
 from pyrl.ops.linear_logprob import (
     check_head,
@@ -25,6 +25,7 @@ from pyrl.ops.policy_objective import (
     Fields,
     PolicyLoss,
     canonical_tokens,
+    closed_form,
     collect,
     named_metrics,
     policy_objective,
@@ -179,7 +180,8 @@ def _linear_policy_loss(
     """
     check_targets(target, keep, vocab)
     check_support(indptr, ids, target, keep, vocab)
-    loss_spec, kernels = LossSpec.from_json(spec), load(backend)
+    loss_spec = LossSpec.from_json(spec)
+    kernels = closed_form(backend, loss_spec)
     params, scale, cap = loss_spec.params(), loss_spec.logit_scale, loss_spec.softcap or 0.0
     held = (target, inv_temperature, old, ref, rollout, advantage, token_weight)
     x, index = kept_rows(hidden, keep, *held, support_hashes(indptr, ids))

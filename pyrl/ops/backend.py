@@ -81,6 +81,10 @@ class Backend(Protocol):
         """
         ...
 
+    def objectives(self) -> int:
+        """How many of `pyrl.ops.spec.OBJECTIVES`, from the first, have their formula here."""
+        ...
+
     def objective_terms(
         self,
         logprob: Tensor,

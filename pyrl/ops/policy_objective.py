@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pyrl.ops import deterministic
-from pyrl.ops.backend import load, once_differentiable, select
+from pyrl.ops.backend import Backend, load, once_differentiable, select
 from pyrl.ops.objective import policy_objective_terms
 from pyrl.ops.shapes import Layout, check_finite, flat_float, layout, per_token, token_weights
-from pyrl.ops.spec import METRICS, LossSpec
+from pyrl.ops.spec import METRICS, OBJECTIVES, PARAMS, LossSpec
 
 #: Backends that differentiate the formula itself instead of returning closed-form gradients.
 FORMULA_BACKENDS = ("reference", "torch")
@@ -172,6 +172,18 @@ def canonical_tokens(
     return logprob[index], None if entropy is None else entropy[index], fields
 
 
+def closed_form(backend: str, spec: LossSpec) -> Backend:
+    """The backend's kernels; NotImplementedError if the spec's objective is not among them."""
+    kernels = load(backend)
+    count = kernels.objectives()
+    if spec.params()[PARAMS.index("objective")] >= count:
+        raise NotImplementedError(
+            f"backend={backend!r} has no objective {spec.objective!r}, only "
+            f"{list(OBJECTIVES[:count])}; {' and '.join(FORMULA_BACKENDS)} have every one"
+        )
+    return kernels
+
+
 def named_metrics(metrics: Tensor, where: Layout) -> dict[str, Tensor]:
     """The metrics vector by name, and the number of sequences with a kept token if known."""
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
@@ -196,9 +208,9 @@ def _policy_objective(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, dloss/dlogprob, dloss/dentropy, metrics: one pass gives the loss and its gradient."""
-    params = LossSpec.from_json(spec).params()
-    return load(backend).objective_terms(
-        logprob, entropy, old, ref, rollout, advantage, weight, keep, bounds, params
+    loss_spec = LossSpec.from_json(spec)
+    return closed_form(backend, loss_spec).objective_terms(
+        logprob, entropy, old, ref, rollout, advantage, weight, keep, bounds, loss_spec.params()
     )
 
 

@@ -375,6 +375,18 @@ def test_the_layout_is_the_spec_s():
             terms(inputs | bad, MIXED["gspo"])
 
 
+@pytest.mark.parametrize(
+    "name", ["objective", "ratio_level", "dppo_divergence", "kl", "correction"]
+)
+@pytest.mark.parametrize("number", [9.0, -1.0, 0.5, math.nan])
+def test_a_name_it_does_not_have_is_refused(name, number):
+    params = LossSpec().params().clone()
+    params[PARAMS.index(name)] = number
+    with pytest.raises(RuntimeError, match=f"{name} number {number:g} is none of 0 ..."):
+        objective_terms(*batch(3).values(), params)
+    assert torch.ops.pyrl_native.objectives() == len(OBJECTIVES)
+
+
 @pytest.mark.parametrize("name", MIXED)
 def test_opcheck(name):
     none = dict.fromkeys(("entropy", "old", "ref", "rollout"))
@@ -382,3 +394,4 @@ def test_opcheck(name):
         if not MIXED[name].couples_tokens:
             inputs["bounds"] = None
         torch.library.opcheck(objective_terms, (*inputs.values(), MIXED[name].params()))
+    torch.library.opcheck(torch.ops.pyrl_native.objectives, ())

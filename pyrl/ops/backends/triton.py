@@ -12,6 +12,7 @@ __all__ = [
     "logits_grad_",
     "logits_stats",
     "objective_terms",
+    "objectives",
     "unavailable_reason",
 ]
 
@@ -33,6 +34,13 @@ def logits_grad_(*args: Any, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     grad_: Any = support.support_grad_ if "spans" in given else logits.logits_grad_
     grad_(*args, **given)
+
+
+def objectives() -> int:
+    """See `Backend.objectives`."""
+    from pyrl.kernels import objective_terms
+
+    return len(objective_terms.OBJECTIVES)
 
 
 def objective_terms(*args: Any) -> Any:
