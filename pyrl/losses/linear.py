@@ -211,8 +211,8 @@ def _linear_policy_loss(
             )
             grads.add(z, x[rows], head, where)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
-    tokens = canonical_tokens(logprob, entropy, fields)
-    loss, _, _, metrics = kernels.objective_terms(*tokens[:2], *tokens[2], params)
+    logp, ent, fields = canonical_tokens(logprob, entropy, fields)
+    loss, _, _, metrics = kernels.objective_terms(logp, ent, *fields, params)
     return loss, logprob, entropy, metrics, scale_up, *grads.result(lora_scale)
 
 

@@ -171,10 +171,9 @@ class VLLMEngine:
         folder = tempfile.mkdtemp(prefix="pyrl-vllm-")
         try:
             policy.save(folder)
-            engine = cls(folder, **options)
+            return cls(folder, **options)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return engine
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,7 +190,6 @@ class VLLMEngine:
         """Of the last sync."""
         return self._version
 
-    # -- sampling ----------------------------------------------------------------------------
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
@@ -260,7 +258,6 @@ class VLLMEngine:
         # Finished in any order; request ids count up in the order of submission.
         return sorted(done, key=lambda output: int(output.request_id))
 
-    # -- weights -----------------------------------------------------------------------------
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load (name, tensor) pairs with Hugging Face names; then forget cached keys and values.
 
@@ -337,9 +334,7 @@ class VLLMEngine:
             return
         llm.llm_engine.engine_core.shutdown()
         del llm
-        # With an engine process of its own, vLLM's daemon threads end a little later; one that is
-        # still inside native code when the interpreter ends would abort the process.
-        for thread in self._threads:
+        for thread in self._threads:  # one in native code at the interpreter's end would abort it
             thread.join(timeout=10)
         if self._own_group:  # else the process group is the trainer's
             from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
