@@ -114,10 +114,16 @@ def test_infinite_logits_of_banned_tokens(backend, spec):
         ((65537, 1), 3),  # past a grid's y axis
     ],
 )
-def test_awkward_shapes(backend, lengths, vocabulary, spec):
-    # Interpreted kernels take a second for some hundred rows; the tokens are there all the same.
-    interpreted = backend == "triton" and DEVICE.type == "cpu"
-    kept = 0.002 if interpreted and sum(lengths) > 1000 else 0.7
+def test_awkward_shapes(backend, lengths, vocabulary, spec, monkeypatch):
+    kept = 0.7
+    if backend == "triton" and DEVICE.type == "cpu" and sum(lengths) > 1000:
+        # The interpreter pays by the row and by the block: few rows carry loss, blocks are large.
+        from pyrl.kernels import objective
+
+        kept = 0.0005
+        for name in ("OBJECTIVE", "SEQUENCE_OBJECTIVE"):
+            tile = getattr(objective, name)._replace(block=8192)
+            monkeypatch.setattr(objective, name, tile)
     shape = Shape(name="awkward", lengths=lengths, vocabulary=vocabulary, width=4, kept=kept)
     row = linear_row("shapes", "awkward", spec, shape, torch.float32, [backend])
     assert not row.failures
@@ -235,20 +241,18 @@ def test_a_nan_hidden_state_is_seen(backend, spec):
 @both
 @backends
 def test_a_bf16_weight_gradient_is_summed_in_fp32(backend, spec, monkeypatch):
-    """96 chunks of a row each are as exact as one; summed in bf16 they would be 10 times worse."""
-    lengths = (50, 46)
-    args = batch(lengths, vocabulary=31, dtype=torch.bfloat16)
-    fields = args[4] | {"mask": torch.ones_like(args[4]["mask"])}
-
-    def dweight(name, rows):
-        limit = dict.fromkeys(("cpu", "cuda"), rows * 31 * 4)
+    """Chunks of two rows are as good as one GEMM; sums rounded to bf16 would be off by 3e-3."""
+    hidden, weight, target, advantages, fields = batch((30, 18), 31, dtype=torch.bfloat16)
+    fields["mask"] = torch.ones_like(fields["mask"])
+    found = []
+    for rows in (1000, 2):
+        limit = dict.fromkeys(("cpu", "cuda"), rows * 31 * 2)
         monkeypatch.setattr("pyrl.ops.linear_logprob.CHUNK_BYTES", limit)
-        out = pyrl.linear_policy_loss(*args[:4], spec, backend=name, **fields)
-        return gradients(out.loss, args[1])[0].clone()
-
-    exact = dweight("reference", 1000)
-    one, many = (relative(dweight(backend, rows), exact) for rows in (1000, 1))
-    assert many <= one + MARGIN[torch.bfloat16]
+        out = pyrl.linear_policy_loss(
+            hidden, weight, target, advantages, spec, backend=backend, **fields
+        )
+        found.append(gradients(out.loss, weight)[0])
+    assert relative(found[1], found[0]) <= MARGIN[torch.bfloat16]
 
 
 @backends
