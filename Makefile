@@ -20,7 +20,7 @@ quickstart: $(STAMPS)/$(if $(filter vllm,$(ROLLOUT)),vllm,pyrl) ## teach SmolLM2
 	  --rollout.engine $(ROLLOUT) $(if $(filter vllm,$(ROLLOUT)),--rollout.options '{dtype = "float32"}')
 
 test: $(STAMPS)/test ## the test suite
-	$(BIN)/pytest -q -m "not slow and not vllm"
+	$(BIN)/pytest -q -n auto --maxprocesses 8 -m "not slow and not vllm"
 
 test-vllm: $(STAMPS)/vllm $(STAMPS)/test ## the tests that run the real vLLM
 	$(BIN)/pytest -q -m vllm

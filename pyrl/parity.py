@@ -27,12 +27,15 @@ def serving(device: torch.device = DEVICE) -> list[str]:
     return names
 
 
-def relative(value: Tensor | None, truth: Tensor | None) -> float:
-    """|value - truth| / |truth| in float64; absolute where truth is 0."""
+def relative(value: Tensor | None, truth: Tensor | None, size: Tensor | float = 0.0) -> float:
+    """|value - truth| / max(|truth|, size) in float64; absolute where that is 0.
+
+    size: the norm of the terms that truth is a sum of, where they may cancel.
+    """
     assert (value is None) == (truth is None)
     if value is None or truth is None:
         return 0.0
     value, truth = value.double(), truth.double()
     assert value.shape == truth.shape and bool(value.isfinite().all())
-    norm = truth.norm().item()
+    norm = max(truth.norm().item(), float(size))
     return (value - truth).norm().item() / (norm if norm > 0 else 1.0)

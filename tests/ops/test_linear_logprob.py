@@ -65,18 +65,20 @@ def plain(hidden, weight, bias, target, mask, coefficients, *, temperature=1.0, 
     return [*out, *(x.grad for x in leaves)]
 
 
-def assert_parity(backend, dtype, args, **options):
+def assert_parity(backend, dtype, args, sizes=(0.0,) * 6, **options):
+    """`sizes`: norms of what each value is a sum of, where that may cancel."""
     truth = run("reference", *args, **options)
     truth64 = [v.double() for v in truth]
-    for name, ours, theirs, exact in zip(
+    for name, size, ours, theirs, exact in zip(
         ("logprob", "entropy", "lse", "dhidden", "dweight", "dbias"),
+        sizes,
         run(backend, *args, **options),
         plain(*args, **options),
         truth64,
         strict=False,
     ):
-        bound = relative(theirs, exact) + MARGIN[dtype]
-        assert relative(ours, exact) <= bound, (name, relative(ours, exact), bound)
+        bound = relative(theirs, exact, size) + MARGIN[dtype]
+        assert relative(ours, exact, size) <= bound, (name, relative(ours, exact, size), bound)
 
 
 @pytest.mark.parametrize("backend", serving())
@@ -182,8 +184,12 @@ def test_empty(backend):
 @given(t=st.integers(1, 20), d=st.integers(1, 12), v=st.integers(1, 70), seed=st.integers(0, 99))
 def test_property_padded_equals_packed_equals_oracle(backend, t, d, v, seed):
     args = inputs(t, d, v, torch.float32, seed=seed)
-    assert_parity(backend, torch.float32, args)
-    hidden, weight, _, target, mask, _ = args
+    hidden, weight, _, target, mask, coefficients = args
+    # Of a few numbers a logit or a gradient may cancel to far less than its terms, and its rounding
+    # does not shrink with it.
+    logits, c = (hidden @ weight.T).detach()[mask].norm(), coefficients[:, mask].norm()
+    terms = (c * weight.detach().norm(dim=1).max(), c * hidden.detach().norm(dim=1).max())
+    assert_parity(backend, torch.float32, args, [logits, logits, logits, *terms])
     flat = pyrl.linear_logprob(hidden, weight, target, mask=mask, backend=backend)
     padded = pyrl.linear_logprob(
         hidden[None], weight, target[None], mask=mask[None], backend=backend
