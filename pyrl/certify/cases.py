@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kl k3, ratio weighted": {"kl": "k3", "kl_ratio_weighted": True, **_KL},
     "kl k3, clamped": {"kl": "k3", "kl_clamp": 0.05, **_KL},
     "entropy bonus": {"entropy_coef": 0.03},
+    "kl and entropy": {"entropy_coef": 0.02, **_KL},
     "tis, token": {"correction": "tis", **_BOUNDS},
     "mis, token": {"correction": "mis", **_BOUNDS},
     "icepop, token": {"correction": "icepop", **_BOUNDS},
@@ -60,14 +61,37 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Heads: settings of the spec, and whether the head has a bias.
-HEADS: dict[str, tuple[dict[str, Any], bool]] = {
-    "plain": ({}, False),
-    "bias": ({}, True),
-    "temperature 0.7": ({"temperature": 0.7}, False),
-    "softcap 5": ({"softcap": 5.0}, False),
-    "logit scale 0.25": ({"logit_scale": 0.25}, False),
-    "all": ({"temperature": 1.3, "softcap": 4.0, "logit_scale": 1.7}, True),
+#: The option under which everything but the objective is tried: both waists have work to do.
+BOTH = "kl and entropy"
+#: Objectives on which heads, shapes and supports are tried: one that is formed in a single pass,
+#: one that couples the tokens of a sequence.
+TWO = ("clip", "clip, sequence")
+#: In their place for so many tokens that some lie on clip's edge, whatever the batch.
+MANY = ("cispo", "clip, sequence")
+
+#: Heads: settings of the spec, and options of the batch (see `measure.linear_row`).
+HEADS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": ({}, ()),
+    "bias": ({}, ("bias",)),
+    "temperature 0.7": ({"temperature": 0.7}, ()),
+    "temperature per token": ({}, ("temperature per token",)),
+    "softcap 5": ({"softcap": 5.0}, ()),
+    "logit scale 0.25": ({"logit_scale": 0.25}, ()),
+    "padded vocabulary": ({}, ("bias", "padded vocabulary")),
+    "LoRA, not merged": ({}, ("lora",)),
+    "ref_hidden, ref_weight": ({}, ("bias", "reference head")),
+    "all": (
+        {"temperature": 1.3, "softcap": 4.0, "logit_scale": 1.7},
+        ("bias", "lora", "padded vocabulary", "temperature per token"),
+    ),
+}
+#: The same for `logits_policy_loss`.
+LOGITS_HEADS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "in-place gradient": ({}, ("in place",)),
+    "temperature, softcap, scale": (
+        {"softcap": 4.0, "logit_scale": 1.7},
+        ("temperature per token",),
+    ),
 }
 
 
