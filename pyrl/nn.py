@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyrl.losses import LossSpec, PolicyLoss, linear_policy_loss, policy_objective
+from pyrl.ops.backend import NAMES
 
 __all__ = ["LinearPolicyLoss", "LogitsPolicyLoss", "PolicyObjective"]
 
@@ -18,6 +19,8 @@ class _Loss(nn.Module):
         super().__init__()
         if not isinstance(spec, LossSpec):
             raise ValueError(f"spec: expected a LossSpec, got {type(spec).__name__}")
+        if backend is not None and backend not in NAMES:
+            raise ValueError(f"backend={backend!r}: expected one of {list(NAMES)}")
         self.spec = spec
         self.backend = backend
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-EXTREMES = {"ratio_min": min, "ratio_max": max}
+EXTREMES = {"ratio_min": min, "ratio_max": max, "correction_max": max}
 
 
 def reduce_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """sum of every metric over `parts`; `ratio_min` and `ratio_max` by their extreme."""
+    """sum of every metric over `parts`; the minimum or maximum of the `EXTREMES`."""
     total: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():

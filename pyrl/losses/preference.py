@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from pyrl.ops.backend import select_formula
 from pyrl.ops.objective import Segments
 from pyrl.ops.policy_objective import PolicyLoss
-from pyrl.ops.shapes import check_finite, check_shape, flat_float, layout
+from pyrl.ops.shapes import check_denominator, check_finite, check_shape, flat_float, layout
 
 
 def preference_loss(
@@ -58,6 +58,7 @@ def preference_loss(
     pairs = chosen.numel()
     for side, index in (("chosen", chosen), ("rejected", rejected)):
         _check_index(side, index, pairs, where.sequences, logprob.device)
+    chosen, rejected = chosen.long(), rejected.long()  # uint8 would select as a mask
     ref = flat_float("ref_logprob", ref_logprob, where)
 
     dtype = torch.float64 if name == "reference" else torch.float32
@@ -120,7 +121,4 @@ def _weights(
     if denominator is None:
         total = w.sum()
         return w, torch.where(total == 0, 1.0, total)
-    total = torch.as_tensor(denominator, dtype=torch.float64, device=like.device)
-    if total.dim() != 0:
-        raise ValueError(f"denominator: expected one number, got shape {tuple(total.shape)}")
-    return w, total.clamp(min=1)
+    return w, check_denominator(denominator, like.device).clamp(min=1)

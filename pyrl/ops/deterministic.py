@@ -50,7 +50,7 @@ def hashes(*columns: Tensor | None) -> Tensor:
         bits = column.detach().contiguous()
         if bits.dtype != torch.bool:
             bits = bits.view(_INTEGER[bits.element_size()])
-        bits = bits.reshape(len(bits), -1)
+        bits = bits.flatten(1) if bits.dim() > 1 else bits[:, None]
         factors = _mix(torch.arange(bits.shape[1], device=bits.device)) | 1
         part = torch.cat(
             [_mix(rows.long() + 1).mul_(factors).sum(1) for rows in bits.split(_ROWS)]

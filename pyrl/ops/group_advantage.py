@@ -102,6 +102,8 @@ def group_advantage(
         raise ValueError(f"filter_mode={filter_mode!r}: expected 'zero' or 'drop'")
     if not eps >= 0:
         raise ValueError(f"eps={eps!r}: expected a number >= 0")
+    if reward_map is not None and len(reward_map) != 2:
+        raise ValueError(f"reward_map={reward_map!r}: expected two different finite numbers")
     low, high = reward_map or (0.0, 1.0)
     if not math.isfinite(high - low) or low == high:
         raise ValueError(f"reward_map={reward_map!r}: expected two different finite numbers")
@@ -127,6 +129,13 @@ def group_advantage(
         float(high - low),
         select(backend, rewards.device),
     )
+    if _on_host(advantages):
+        huge = (~advantages.isfinite()).nonzero()
+        if huge.numel():
+            i = int(huge[0])
+            raise ValueError(
+                f"rewards[{i}] = {float(rewards[i])}: its advantage is beyond fp32 (eps={eps})"
+            )
     return Advantages(advantages, keep, dict(zip(METRICS, metrics.unbind(), strict=True)))
 
 
@@ -143,7 +152,7 @@ def _groups_of_ids(rewards: Tensor, ids: Tensor) -> tuple[Tensor | None, Tensor]
         raise ValueError(
             f"group_ids: expected integers {tuple(rewards.shape)}, got {tuple(ids.shape)}"
         )
-    order = None
+    order, ids = None, ids.long()  # torch sorts few of the unsigned dtypes
     if not (_on_host(ids) and bool((ids[1:] >= ids[:-1]).all())):
         order = ids.argsort(stable=True)
         ids = ids[order]

@@ -6,6 +6,7 @@ GEMM into `[rows, V]` raw logits, then the backend's row kernels on that buffer.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ from pyrl.ops.support import (
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
 
 
+#: Its reciprocal is far inside fp32; greedy sampling has no log-probs.
+MIN_TEMPERATURE = 1e-30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,8 +80,7 @@ def linear_logprob(
     vocab = check_head(hidden, weight, target, bias, lora, vocab_size)
     x = hidden.reshape(-1, hidden.shape[-1])
     y = token_ids(target)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap={softcap!r}: expected None or a finite number > 0")
+    check_scaling(softcap, logit_scale)
     inv, cap = inv_temperature(temperature, target), softcap or 0.0
     a, b, scale = lora_parts(lora)
     indptr, ids = support_fields(support, target)
@@ -123,14 +125,24 @@ def check_head(
             check_whole("bias", bias)
         check_shape("bias", bias, weight.shape[:1], target.device)
     if lora is not None:
+        if not isinstance(lora, LoRA):
+            raise ValueError(f"lora: expected a LoRA, got {type(lora).__name__}")
         lora.check(weight)
     if vocab_size is None:
         return weight.shape[0]
-    if not 0 < vocab_size <= weight.shape[0]:
+    if type(vocab_size) is not int or not 0 < vocab_size <= weight.shape[0]:
         raise ValueError(
-            f"vocab_size={vocab_size}: expected 1 to {weight.shape[0]}, the rows of weight"
+            f"vocab_size={vocab_size!r}: expected 1 to {weight.shape[0]}, the rows of weight"
         )
     return vocab_size
+
+
+def check_scaling(softcap: float | None, logit_scale: float) -> None:
+    """ValueError unless softcap is None or > 0 and logit_scale not 0, both finite."""
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap={softcap!r}: expected None or a finite number > 0")
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale={logit_scale!r}: expected a finite number that is not 0")
 
 
 def lora_parts(lora: LoRA | None) -> tuple[Tensor | None, Tensor | None, float]:
@@ -156,18 +168,22 @@ def check_targets(target: Tensor, keep: Tensor, vocabulary: int) -> None:
 def inv_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """fp32 [T]: 1 / temperature for every row."""
     if not isinstance(temperature, Tensor):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature={temperature!r}: expected a finite number > 0")
+        if not MIN_TEMPERATURE <= temperature < float("inf"):
+            raise ValueError(
+                f"temperature={temperature!r}: expected a finite number >= {MIN_TEMPERATURE}"
+            )
         return torch.full((like.numel(),), 1.0 / temperature, device=like.device)
     if temperature.dim() == 0:
         temperature = temperature.expand(like.shape)
     check_shape("temperature", temperature, like.shape, like.device)
     if on_cpu(temperature):
-        bad = (~(temperature > 0) | temperature.isinf()).flatten().nonzero()
+        bad = (~(temperature >= MIN_TEMPERATURE) | temperature.isinf()).flatten().nonzero()
         if bad.numel():
             i = int(bad[0])
             value = float(temperature.flatten()[i])
-            raise ValueError(f"temperature[{i}] = {value}: expected a finite number > 0")
+            raise ValueError(
+                f"temperature[{i}] = {value}: expected a finite number >= {MIN_TEMPERATURE}"
+            )
     return temperature.detach().reshape(-1).float().reciprocal()
 
 

@@ -12,6 +12,7 @@ from pyrl.ops import reference
 from pyrl.ops.backend import load, once_differentiable, select
 from pyrl.ops.linear_logprob import (
     LogProb,
+    check_scaling,
     check_targets,
     chunk_rows,
     inv_temperature,
@@ -66,8 +67,7 @@ def logits_logprob(
         )
     if inplace_backward:
         _check_inplace(logits, name)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap={softcap!r}: expected None or a finite number > 0")
+    check_scaling(softcap, logit_scale)
     y, inv, cap = token_ids(target), inv_temperature(temperature, target), softcap or 0.0
     indptr, ids = support_fields(support, target)
     if name == "reference":

@@ -14,6 +14,7 @@ from pyrl.ops.linear_logprob import (
     _linear_logprob,
     _linear_logprob_backward,
     check_head,
+    check_scaling,
     inv_temperature,
     lora_parts,
     token_ids,
@@ -68,8 +69,7 @@ def vocab_parallel_logprob(
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size}: expected >= 1")
         rows = min(max(vocab_size - vocab_start, 0), rows)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap={softcap!r}: expected None or a finite number > 0")
+    check_scaling(softcap, logit_scale)
     name = select(backend, hidden.device)
     if name == "reference":
         raise NotImplementedError(

@@ -77,8 +77,9 @@ def policy_objective(
     advantages shaped like logprob (per token), else [B] (per sequence) · entropy, old_logprob,
     ref_logprob, rollout_logprob like logprob; old None or NaN at t = on-policy there (ratio 1, with
     gradient); ref NaN at t = no KL there; rollout NaN at t = unscored, correction 1 · mask true =
-    token carries loss · weights for aggregation="weighted" · denominator: tokens (token_mean,
-    weighted) or sequences of the whole optimizer step.
+    token carries loss · weights for aggregation="weighted", which alone reads them ·
+    denominator: tokens (token_mean), sum of weights (weighted) or sequences of the whole optimizer
+    step.
 
     Differentiable in logprob and entropy. ValueError names a wrong shape, device, missing input,
     or (on the CPU) a non-finite advantage and its position.
@@ -141,12 +142,15 @@ def collect(
     old = flat_float("old_logprob", old_logprob, where)
     if old is not None:
         check_finite("old_logprob", old, where.keep & ~old.isnan())
+    ref = flat_float("ref_logprob", ref_logprob, where)
+    if ref is not None:
+        check_finite("ref_logprob", ref, where.keep & ~ref.isnan())
     rollout = flat_float("rollout_logprob", rollout_logprob, where)
     if rollout is not None:
         check_finite("rollout_logprob", rollout, where.keep & ~rollout.isnan())
     return Fields(
         old,
-        flat_float("ref_logprob", ref_logprob, where),
+        ref,
         rollout,
         per_token("advantages", advantages, where),
         token_weights(spec, where, weights, denominator),

@@ -26,6 +26,7 @@ def linear_logprob(
     hidden [T, D], weight [V, D], target [T], keep [T] bool, and a support (indptr [T + 1], ids
     [nnz]) that softmax runs over → three float64 [T], 0 where not kept.
     """
+    hidden = torch.where(keep[:, None], hidden, 0.0)  # 0 * NaN in the gradient of weight is NaN
     z = hidden.double() @ weight.double().T
     if bias is not None:
         z = z + bias.double()

@@ -72,7 +72,7 @@ def _check_bounds(cu_seqlens: Tensor, like: Tensor) -> Tensor:
             "cu_seqlens: expected integers [B + 1], "
             f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    bounds = cu_seqlens.to(like.device, torch.int64)
+    bounds = cu_seqlens.to(like.device, torch.int64).contiguous()
     # Values are checked where that costs no wait for the device and does not break a traced graph.
     if on_cpu(bounds):
         if int(bounds[0]) != 0 or int(bounds[-1]) != like.numel():
@@ -122,6 +122,8 @@ def per_token(name: str, value: Tensor, where: Layout) -> Tensor:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
     if value.device != where.keep.device:
         raise ValueError(f"{name}: expected a tensor on {where.keep.device}, got {value.device}")
+    if value.is_complex():
+        raise ValueError(f"{name}: expected real numbers, got {value.dtype}")
     spread = spread.float().contiguous()
     check_finite(name, spread, where.keep)
     return spread
@@ -142,6 +144,16 @@ def check_finite(name: str, value: Tensor, keep: Tensor) -> None:
         raise ValueError(f"{name}[{i}] = {float(value[i])} is not finite")
 
 
+def check_denominator(denominator: float | Tensor, device: torch.device) -> Tensor:
+    """float64 0-d; ValueError unless it is one finite number >= 0 (its value on the CPU only)."""
+    total = torch.as_tensor(denominator, dtype=torch.float64, device=device)
+    if total.dim() != 0:
+        raise ValueError(f"denominator: expected one number, got shape {tuple(total.shape)}")
+    if on_cpu(total) and not (total.isfinite() and total >= 0):
+        raise ValueError(f"denominator={float(total)}: expected a finite number >= 0")
+    return total
+
+
 def token_weights(
     spec: LossSpec, where: Layout, weights: Tensor | None, denominator: float | Tensor | None
 ) -> Tensor:
@@ -155,11 +167,7 @@ def token_weights(
     keep = where.keep
     device = keep.device
     if denominator is not None:
-        total = torch.as_tensor(denominator, dtype=torch.float64, device=device)
-        if total.dim() != 0:
-            raise ValueError(f"denominator: expected one number, got shape {tuple(total.shape)}")
-        if on_cpu(total) and not (total.isfinite() and total >= 0):
-            raise ValueError(f"denominator={float(total)}: expected a finite number >= 0")
+        total = check_denominator(denominator, device)
         if spec.aggregation == "weighted":
             total = torch.where(total == 0, 1.0, total)
         else:

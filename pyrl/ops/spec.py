@@ -121,7 +121,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "correction_high": (_TINY, _INF),
     "off_policy_threshold": (-_INF, _INF),
     "max_length": (_TINY, _INF),
-    "temperature": (_TINY, _INF),
+    "temperature": (1e-30, _INF),
     "softcap": (_TINY, _INF),
     "logit_scale": (-_INF, _INF),
 }
@@ -255,6 +255,12 @@ class LossSpec:
                 raise ValueError(
                     f"LossSpec.{low}={getattr(self, low)!r} is above "
                     f"LossSpec.{high}={getattr(self, high)!r}"
+                )
+        for name in ("dual_clip", "delta"):
+            if getattr(self, name) is not None and self.objective != "clip":
+                raise ValueError(
+                    f"LossSpec.{name}={getattr(self, name)!r}: objective {self.objective!r} has no "
+                    "such bound, only 'clip' has"
                 )
         if self.objective in ("gmpo", "vespo", "dppo") and self.ratio_level != "token":
             raise ValueError(

@@ -4,6 +4,8 @@ B = 7 sequences of 0 to 40 tokens, 150 in all: more than one GEMM tile of 128 ro
 part full. V = 301 and D = 24: odd against every block of rows, columns and depth.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -142,6 +144,20 @@ def test_a_row_does_not_depend_on_the_others(backend):
         (out.logprob + 0.3 * out.entropy).sum().backward()
         results.append([v.detach() for v in (*out, hidden.grad)])
     assert all(torch.equal(a[100:120], b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("case", ["no token", "all masked", "no advantage"])
+def test_nothing_to_learn_from(backend, spec, case):
+    tokens, weight, bias = batch(torch.float32)
+    sequences = (2,) if case == "no token" else range(7)
+    if case == "all masked":
+        tokens["mask"][:] = False
+    if case == "no advantage":
+        tokens["advantages"][:], spec = 0, dataclasses.replace(spec, kl_coef=0, entropy_coef=0)
+    loss, *_, dweight, dbias = run(tokens, weight, bias, spec, backend, sequences)
+    assert not loss and not dweight.any() and not dbias.any()
 
 
 def test_chunk_bytes_do_not_matter(monkeypatch):

@@ -178,3 +178,15 @@ def test_bad_input_names_itself():
     if DEVICE.type == "cpu":
         refuses(r"chosen\[1\] = 5: expected a sequence in \[0, 5\)", chosen=CHOSEN + 2)
         refuses(r"weights\[0\] = nan", weights=torch.full((5,), torch.nan))
+
+
+def test_index_dtypes_and_denominators():
+    logprob, mask = torch.tensor([[-1.0, -2.0], [-2.0, -2.5]]), torch.ones(2, 2)
+    losses = []
+    for dtype in (torch.uint8, torch.int8, torch.int32, torch.int64):
+        chosen, rejected = (torch.tensor(v, dtype=dtype) for v in ([0, 1], [1, 0]))
+        losses.append(float(pyrl.preference_loss(logprob, chosen, rejected, mask=mask).loss))
+    assert len(set(losses)) == 1  # uint8 would select as a mask
+    for denominator in (float("nan"), -5.0):
+        with pytest.raises(ValueError, match="denominator="):
+            pyrl.preference_loss(logprob, chosen, rejected, mask=mask, denominator=denominator)

@@ -303,3 +303,28 @@ def test_environment_variable_chooses_and_names_itself(monkeypatch):
     monkeypatch.setenv("PYRL_BACKEND", "quick")
     with pytest.raises(ValueError, match="PYRL_BACKEND='quick'"):
         pyrl.linear_logprob(h, w, y)
+
+
+@pytest.mark.parametrize("backend", [*serving(), "reference"])
+def test_what_a_masked_row_holds_reaches_no_gradient(backend):
+    h, w, _, y, _, _ = inputs(4, 8, 13, torch.float32)
+    h.data[1] = torch.nan
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    pyrl.linear_logprob(h, w, y, mask=mask, backend=backend).logprob.sum().backward()
+    assert w.grad.isfinite().all() and h.grad.isfinite().all() and not h.grad[1].any()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"logit_scale": 0.0}, "logit_scale=0.0"),
+        ({"logit_scale": float("nan")}, "logit_scale=nan"),
+        ({"temperature": 1e-40}, "temperature=1e-40"),
+        ({"vocab_size": 5.0}, "vocab_size=5.0"),
+        ({"lora": (1, 2)}, "lora: expected a LoRA, got tuple"),
+    ],
+)
+def test_bad_options_name_themselves(option, message):
+    h, w, _, y, _, _ = inputs(6, 8, 13, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        pyrl.linear_logprob(h, w, y, **option)

@@ -248,3 +248,22 @@ def test_spec_validates_and_round_trips():
         LossSpec.from_dict({"clip_hi": 0.3})
     with pytest.raises(ValueError, match="expected one of"):
         LossSpec.preset("grpoo")
+
+
+@pytest.mark.parametrize("name", ["dual_clip", "delta"])
+def test_a_bound_that_the_objective_has_not_is_refused(name):
+    with pytest.raises(ValueError, match=f"LossSpec.{name}=2.0: objective 'cispo' has no such"):
+        LossSpec(objective="cispo", **{name: 2.0})
+
+
+def test_bounds_at_any_stride_and_an_infinite_reference():
+    spec = LossSpec.preset("gspo", kl_coef=0.1)
+    logprob, advantages = -torch.ones(9), torch.ones(3)
+    strided = torch.tensor([0, 9, 3, 9, 6, 9, 9])[::2]
+    fields = {"ref_logprob": logprob - 0.1, "cu_seqlens": strided}
+    out = pyrl.policy_objective(logprob, advantages, spec, **fields)
+    fields["cu_seqlens"] = strided.contiguous()
+    assert torch.equal(out.loss, pyrl.policy_objective(logprob, advantages, spec, **fields).loss)
+    fields["ref_logprob"] = torch.full((9,), -torch.inf)
+    with pytest.raises(ValueError, match=r"ref_logprob\[0\] = -inf is not finite"):
+        pyrl.policy_objective(logprob, advantages, spec, **fields)
