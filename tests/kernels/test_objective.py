@@ -147,6 +147,9 @@ COMBINATIONS = [
 
 
 def spec_of(options: dict) -> LossSpec:
+    """The spec of the options that its objective has."""
+    if options["objective"] != "clip":
+        options = {k: v for k, v in options.items() if k not in ("dual_clip", "delta")}
     if options["objective"] == "vespo":
         options = {**options, "correction_level": "token"}
     return LossSpec(**options)
