@@ -250,7 +250,7 @@ def test_nothing_kept(objective_name: str, bounds: list[int], device: torch.devi
     vectors = random_vectors(T, 0, kept=0.0)
     level = "sequence" if len(bounds) > 2 and objective_name == "clip" else "token"
     more = {"dual_clip": 3.0, "kl_coef": 0.1, "entropy_coef": 0.1, "correction": "tis"}
-    spec = LossSpec(objective=objective_name, ratio_level=level, **more)
+    spec = spec_of({"objective": objective_name, "ratio_level": level, **more})
     loss, c, h, metrics = run(vectors, spec, device, torch.tensor(bounds))
     assert loss == 0 and c.tolist() == h.tolist() == [0.0] * T
     assert metrics.pop("ratio_min") == INF
