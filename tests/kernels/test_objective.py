@@ -48,8 +48,7 @@ def run(vectors: dict, spec: LossSpec, device: torch.device, bounds=None, **numb
     )
     assert loss.shape == () and loss.dtype == c.dtype == h.dtype == torch.float32
     assert metrics.dtype == torch.float64
-    named = dict(zip(layouts.METRICS, metrics.tolist(), strict=True))
-    return loss.cpu(), c.cpu(), h.cpu(), named
+    return loss.cpu(), c.cpu(), h.cpu(), dict(zip(layouts.METRICS, metrics.tolist(), strict=True))
 
 
 def exact(vectors: dict, spec: LossSpec, bounds: Tensor | None = None) -> Result:
@@ -147,8 +146,7 @@ COMBINATIONS = [
 
 
 def spec_of(options: dict) -> LossSpec:
-    """The spec of the options that its objective has."""
-    if options["objective"] != "clip":
+    if options["objective"] != "clip":  # which alone has these bounds
         options = {k: v for k, v in options.items() if k not in ("dual_clip", "delta")}
     if options["objective"] == "vespo":
         options = {**options, "correction_level": "token"}
@@ -249,12 +247,12 @@ def test_nothing_kept(objective_name: str, bounds: list[int], device: torch.devi
     T = bounds[-1]
     vectors = random_vectors(T, 0, kept=0.0)
     level = "sequence" if len(bounds) > 2 and objective_name == "clip" else "token"
-    more = {"dual_clip": 3.0, "kl_coef": 0.1, "entropy_coef": 0.1, "correction": "tis"}
-    spec = spec_of({"objective": objective_name, "ratio_level": level, **more})
+    more = {"ratio_level": level, "kl_coef": 0.1, "entropy_coef": 0.1, "correction": "tis"}
+    spec = spec_of({"objective": objective_name, "dual_clip": 3.0, **more})
     loss, c, h, metrics = run(vectors, spec, device, torch.tensor(bounds))
     assert loss == 0 and c.tolist() == h.tolist() == [0.0] * T
-    assert metrics.pop("ratio_min") == INF
-    assert metrics.pop("ratio_max") == metrics.pop("correction_max") == -INF
+    assert metrics.pop("ratio_min") == -metrics.pop("ratio_max") == INF
+    assert metrics.pop("correction_max") == -INF
     assert set(metrics.values()) == {0.0}
 
 
