@@ -72,10 +72,10 @@ def test_three_steps_agree_and_take_less_memory(tmp_path, record_property):
         states[name] = torch.load(out / "state.pt")
     assert len(runs["plain"]["log"]) == 3
     for theirs, ours in zip(runs["plain"]["log"], runs["patched"]["log"], strict=True):
-        key = "completions/mean_length"  # of the steps that sample
-        assert ours.get(key) == theirs.get(key)
-        for key in ("loss", "grad_norm", "entropy", "reward"):
-            assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-4, abs=1e-6), key
+        assert {"loss", "grad_norm", "entropy"} <= ours.keys() == theirs.keys()
+        for key in ("loss", "grad_norm", "entropy", "reward", "completions/mean_length"):
+            if key in theirs:  # the last two of the steps that sample
+                assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-4, abs=1e-6)
     start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     moved = difference = 0.0
     for key, before in start.items():
