@@ -7,6 +7,8 @@ from registry import REGISTRY, Implementation
 from small_peers import SmallCase
 from suite import CANNOT, GATE, errors_of, op_named
 
+from pyrl import BackendUnavailableError
+
 ROWS = [row for row in REGISTRY if "cpu" in row.devices and not row.op.startswith("logits_")]
 
 
@@ -27,6 +29,9 @@ def test_quick(benchmark, row: Implementation, dtype: str) -> None:
         call = row.make(case)
         output = call(inputs)
     except CANNOT as error:
+        # A peer may be absent or too old; of ours only a backend that this machine cannot have.
+        if row.name.startswith("pyrl") and not isinstance(error, BackendUnavailableError):
+            raise
         pytest.skip(f"{type(error).__name__}: {error}".splitlines()[0])
     if row.role != "limit":
         assert max(errors_of(output, op.reference(inputs)).values()) <= GATE[dtype]
