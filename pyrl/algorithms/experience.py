@@ -76,11 +76,12 @@ def minibatches(
     The denominator of a part is its number of kept tokens (token_mean, weighted) or of kept
     completions (sequence_mean, sequence_sum, constant), at least 1. A kept completion is computed
     only if it can have a gradient: its advantage is not 0, or the loss has a KL or entropy term.
-    `order` permutes the completions (group after group) before the split.
+    `order` permutes the groups before the split; a group stays together, so that its prompt is
+    shared, except where a part ends inside it.
     """
-    flat = [(group, attempt) for group in groups for attempt in group.attempts]
     if order is not None:
-        flat = [flat[i] for i in order]
+        groups = [groups[i] for i in order]
+    flat = [(group, attempt) for group in groups for attempt in group.attempts]
     dense = spec.needs_ref or spec.needs_entropy
     by_tokens = spec.aggregation in ("token_mean", "weighted")
     result = []

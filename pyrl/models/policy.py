@@ -17,6 +17,7 @@ from pyrl.models.files import quiet_transformers, whole_folder
 from pyrl.models.probe import check_policy
 from pyrl.models.smollm2 import SMOLLM2_135M, smollm2_folder
 from pyrl.packing.attention import ATTENTION_NAME, VarlenPlan, no_mask
+from pyrl.packing.tree_attention import TREE_ATTENTION_NAME, TreePlan
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,23 +70,36 @@ class Policy:
         limits = (limit, getattr(self.tokenizer, "model_max_length", None))
         return min((int(n) for n in limits if n), default=2**31)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """backbone(tokens) with attention inside each sequence only; the head is not applied.
+    def hidden(self, tokens: Tensor, positions: Tensor, plan: TreePlan | Tensor) -> Tensor:
+        """backbone(tokens), each token attending to its own sequence only; the head is not applied.
 
-        tokens int64 [T], positions int64 [T], cu_seqlens int32 [S+1] -> [T, D] in `dtype`, after
-        the final norm. Raises ValueError for other shapes, boundaries that do not cover T, a
-        token outside the vocabulary (checked on the CPU), a sequence longer than `max_length`.
+        tokens int64 [T], positions int64 [T] -> [T, D] in `dtype`, after the final norm. `plan`
+        says which sequences there are: cu_seqlens int32 [S+1], or the plan of a packed row whose
+        samples share prefixes (`pyrl_tree` attention only).
+
+        Raises ValueError for other shapes, a plan that does not cover T, a token outside the
+        vocabulary (checked on the CPU), a sequence longer than `max_length`.
         """
         if tokens.dim() != 1 or positions.shape != tokens.shape:
             raise ValueError(
                 f"tokens {list(tokens.shape)} and positions {list(positions.shape)}: "
                 "expected [T] and [T]"
             )
-        plan = VarlenPlan.build(cu_seqlens, tokens.shape[0])
+        if isinstance(plan, Tensor):
+            starts = plan[:-1][plan.diff() > 0].long()
+            plan = VarlenPlan.build(plan, tokens.shape[0])
+            begins = positions.index_select(0, starts)
+            if begins.count_nonzero():  # a packed row with shared prefixes has a plan of its own
+                s = int(begins.nonzero()[0])
+                raise ValueError(
+                    f"positions[{int(starts[s])}]={int(begins[s])}: a sequence begins with "
+                    "position 0; a branch of a shared prefix needs the row's `plan`"
+                )
+        elif plan.num_tokens != tokens.shape[0]:
+            raise ValueError(f"a plan of {plan.num_tokens} tokens for {tokens.shape[0]}")
         if plan.max_length > self.max_length:
-            at = plan.lengths.index(plan.max_length)
             raise ValueError(
-                f"sequence {at} has {plan.max_length} tokens; the model's context holds "
+                f"a sequence has {plan.max_length} tokens; the model's context holds "
                 f"{self.max_length}"
             )
         embedding = self.model.get_input_embeddings()
@@ -98,14 +112,29 @@ class Policy:
             raise ValueError(
                 f"tokens[{at}]={int(tokens[at])}: the vocabulary has {len(embedding.weight)} ids"
             )
-        if self.model.config._attn_implementation == ATTENTION_NAME:
-            packed = {"attention_mask": no_mask(tokens.device), "varlen_plan": plan}
-        else:  # transformers finds the restarts of `positions` and builds its own [T, T] mask
-            packed = {}
         with self._checkpointing():
             return self.model.base_model(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False, **packed
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                **self._packed(plan, tokens.device),
             ).last_hidden_state[0]
+
+    def _packed(self, plan: TreePlan | VarlenPlan, device: torch.device) -> dict[str, Any]:
+        """What tells the model's attention who attends to whom."""
+        attention = self.model.config._attn_implementation
+        if isinstance(plan, TreePlan) and not plan.is_flat and attention != TREE_ATTENTION_NAME:
+            raise ValueError(
+                f"attention {attention!r} cannot share prefixes: load the policy with "
+                f"attention={TREE_ATTENTION_NAME!r}, or pack with share_prefix=False"
+            )
+        if attention == TREE_ATTENTION_NAME and isinstance(plan, TreePlan):
+            return {"attention_mask": no_mask(device), "tree_plan": plan}
+        if attention in (ATTENTION_NAME, TREE_ATTENTION_NAME):
+            if isinstance(plan, TreePlan):
+                plan = plan.varlen()
+            return {"attention_mask": no_mask(device), "varlen_plan": plan}
+        return {}  # transformers finds the restarts of `positions` and builds its own [T, T] mask
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -182,18 +211,18 @@ def load_policy(
     name: str,
     *,
     dtype: torch.dtype = torch.float32,
-    attention: str = ATTENTION_NAME,
+    attention: str = TREE_ATTENTION_NAME,
     gradient_checkpointing: bool = False,
     check: bool = True,
 ) -> Policy:
     """Load a policy from a Hugging Face folder or id, or `smollm2-135m`, onto the CPU.
 
     Parameters, and so the computation, are in `dtype` (float32, bfloat16, float16). `attention` is
-    `pyrl_varlen`, or transformers' `sdpa` or `eager`, which build [T, T] masks. Dropout is
-    turned off. With `check`, two short sequences are run packed and alone, and the head is
-    compared with the model's own logits: a model that mixes packed sequences (state-space or
-    convolution layers, chunked attention, ...) or does more to its logits than `Head` says is
-    refused rather than trained wrongly.
+    `pyrl_tree`, `pyrl_varlen` (no shared prefixes), or transformers' `sdpa` or `eager`, which build
+    [T, T] masks. Dropout is turned off. With `check`, short sequences are run packed, with a shared
+    prefix where the attention can, and alone, and the head is compared with the model's own logits:
+    a model that mixes packed sequences (state-space or convolution layers, chunked attention, ...)
+    or does more to its logits than `Head` says is refused rather than trained wrongly.
 
     Raises ValueError for a missing or incomplete model (weights missing or of another shape), a
     quantized or multimodal one, or one that fails the check.
@@ -220,10 +249,11 @@ def load_policy(
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:
             raise ValueError(f"model {name!r}: {what.replace('_', ' ')} {sorted(info[what])[:5]}")
-    if attention == ATTENTION_NAME and not model._supports_attention_backend:
+    ours = attention in (ATTENTION_NAME, TREE_ATTENTION_NAME)
+    if ours and not model._supports_attention_backend:
         raise ValueError(
             f"model {name!r}: transformers' {type(model).__name__} takes no attention functions "
-            f"from outside, such as {ATTENTION_NAME}"
+            f"from outside, such as {attention}"
         )
     if model.get_output_embeddings() is None:
         raise ValueError(f"model {name!r}: {type(model).__name__} has no output embedding")

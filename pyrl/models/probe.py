@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrl.packing.attention import ATTENTION_NAME
+from pyrl.packing.tree_attention import TREE_ATTENTION_NAME, TreePlan
+
 if TYPE_CHECKING:
     from pyrl.models.policy import Policy
 
@@ -28,7 +31,8 @@ def check_policy(policy: Policy, name: str, lengths: tuple[int, int] = (5, 7)) -
 
         hidden([A, B])[B] = hidden([B])   and   Head(hidden([B])) = model(B).logits
 
-    up to rounding. Three forward passes of a dozen tokens; no RNG is touched.
+    and, with an attention that shares prefixes, hidden(A with branches B and C) = hidden([A, C]) at
+    C, all up to rounding. A few forward passes of a dozen tokens; no RNG is touched.
     """
     first, second = lengths
     device = policy.device
@@ -43,7 +47,8 @@ def check_policy(policy: Policy, name: str, lengths: tuple[int, int] = (5, 7)) -
         alone = policy.hidden(tokens[first:], positions[first:], _bounds(device, 0, second))
         logits = policy.model(input_ids=tokens[None, first:], use_cache=False).logits[0]
         ours = _logits(policy, alone)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        branch, whole = _branch(policy, tokens, first)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"model {name!r}: {type(policy.model).__name__} cannot run packed rows: {error}"
         ) from error
@@ -58,6 +63,13 @@ def check_policy(policy: Policy, name: str, lengths: tuple[int, int] = (5, 7)) -
             f"another one and alone differ by {mixed:.1e} of its norm, allowed {allowed:.0e}); "
             "it cannot be trained on packed rows"
         )
+    forked = _error(branch, whole)
+    if not forked <= allowed:
+        raise ValueError(
+            f"model {name!r}: {model} cannot share prefixes (a branch and its whole sequence differ "
+            f"by {forked:.1e} of their norm, allowed {allowed:.0e}); "
+            f"attention={ATTENTION_NAME!r} goes without"
+        )
     off = _error(ours, logits)
     if not off <= allowed:
         raise ValueError(
@@ -65,6 +77,24 @@ def check_policy(policy: Policy, name: str, lengths: tuple[int, int] = (5, 7)) -
             f"a softcap (off by {off:.1e} of their norm, allowed {allowed:.0e}); its log-probs "
             "would be wrong"
         )
+
+
+def _branch(policy: Policy, tokens: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Hidden states of the second branch after a shared prefix, and of the same tokens unshared."""
+    device, (total,) = tokens.device, tokens.shape
+    own = total - prefix
+    if policy.model.config._attn_implementation != TREE_ATTENTION_NAME:
+        return tokens.new_ones(1), tokens.new_ones(1)
+    other = tokens.flip(0)[:own]  # another branch before this one
+    tree = TreePlan.build((0, prefix, total, total + own), (-1, 0, 0), device=device)
+    positions = torch.arange(total, device=device)
+    forked = policy.hidden(
+        torch.cat([tokens[:prefix], other, tokens[prefix:]]),
+        torch.cat([positions, positions[prefix:]]),
+        tree,
+    )
+    whole = policy.hidden(tokens, positions, _bounds(device, 0, total))
+    return forked[total:], whole[prefix:]
 
 
 def _bounds(device: torch.device, *ends: int) -> Tensor:

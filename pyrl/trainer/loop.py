@@ -18,13 +18,18 @@ from pyrl.models import Policy
 from pyrl.ops.linear_logprob import linear_logprob
 from pyrl.ops.spec import LossSpec
 from pyrl.packing import PackedBatch, Sample, pack
-from pyrl.trainer.config import Config
+from pyrl.trainer.config import Config, TrainSection
 from pyrl.trainer.console import Console
 from pyrl.trainer.data import derive_seed, permutation
 from pyrl.trainer.evaluate import score_groups
 from pyrl.trainer.metrics import batch_metrics, loss_metrics
 from pyrl.trainer.optimizer import learning_rate
+from pyrl.trainer.preflight import preflight
 from pyrl.trainer.session import Session
+
+#: Tokens' worth of time that one more run of tokens costs in attention's loop over them (measured:
+#: docs/packing.md). Prefixes that save less are computed again.
+SEGMENT_COST = 2.0
 
 
 def train(
@@ -37,6 +42,7 @@ def train(
     UnscoredError when nothing has been scored for several steps.
     """
     with Session.open(config, folder, resume=resume, console=console) as session:
+        preflight(session)
         sync(session, session.progress.step)
         session.begin()
         while session.goes_on():
@@ -76,15 +82,14 @@ def train_step(session: Session) -> None:
     # Advantages, minibatches (one optimizer update each), rows (one micro-batch each).
     device = policy.head().weight.device
     assign_advantages(batch, **config.advantage.model_dump(), device=device, backend=backend)
-    count = sum(len(group.attempts) for group in batch)
     minis = minibatches(
         batch,
         spec,
         parts=config.train.updates_per_step,
-        order=permutation(config.train.seed, step, "minibatches", count).tolist(),
+        order=permutation(config.train.seed, step, "minibatches", len(batch)).tolist(),
         mask_truncated=config.train.mask_truncated,
     )
-    rows = [pack_rows(mini.samples, config.train.tokens_per_row, device) for mini in minis]
+    rows = [pack_rows(mini.samples, config.train, device) for mini in minis]
 
     # Log-probs from before the first update. With a single update the policy is still the one that
     # sampled: the ratio is 1, with gradient, and its forward need not be computed twice.
@@ -108,10 +113,10 @@ def train_step(session: Session) -> None:
     with clock("update"):
         for i, mini in list(enumerate(minis)) * config.train.passes:
             for row, old_logprob, ref_logprob in zip(rows[i], old[i], ref[i], strict=True):
-                hidden = policy.hidden(row.tokens, row.positions, row.cu_seqlens)
+                hidden = policy.hidden(row.tokens, row.positions, row.plan)
                 head = policy.head()
                 out = linear_policy_loss(
-                    hidden,
+                    row.at_targets(hidden),
                     head.weight,
                     row.target,
                     row.advantages,
@@ -146,6 +151,8 @@ def train_step(session: Session) -> None:
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
         "lr": lr,
         "tokens": config.train.passes * sum(row.num_tokens for part in rows for row in part),
+        "shared_tokens": config.train.passes
+        * sum(row.sample_tokens - row.num_tokens for part in rows for row in part),
         "skipped_tokens": config.train.passes * sum(mini.skipped_tokens for mini in minis),
         "rollout_gap_max": float(torch.stack(gaps).max()) if gaps else None,
         "canary_max_diff": canary,
@@ -153,21 +160,39 @@ def train_step(session: Session) -> None:
     session.log(metrics, sampled, time.perf_counter() - start)
 
 
-def pack_rows(samples: Sequence[Sample], budget: int, device: torch.device) -> list[PackedBatch]:
-    """The samples in rows of at most `budget` tokens; a longer sample widens them to its size."""
+def pack_rows(
+    samples: Sequence[Sample], train: TrainSection, device: torch.device
+) -> list[PackedBatch]:
+    """The samples in rows of at most `train.tokens_per_row` computed tokens, the largest first.
+
+    A longer sample widens the rows to its size. Largest first: what does not fit into memory fails
+    at once.
+    """
     if not samples:
         return []
-    longest = max(len(sample.prompt) + len(sample.completion) for sample in samples)
-    return [row.to(device) for row in pack(samples, max(budget, longest), share_prefix=False)]
+    sizes = [len(sample.prompt) + len(sample.completion) for sample in samples]
+    if train.packing == "off":
+        rows = [pack([s], n, aligned=False).to(device) for s, n in zip(samples, sizes, strict=True)]
+    else:
+        rows = list(
+            pack(
+                samples,
+                max(train.tokens_per_row, *sizes),
+                share_prefix=train.packing == "shared",
+                aligned=False,
+                segment_cost=SEGMENT_COST,
+            ).to(device)
+        )
+    return sorted(rows, key=lambda row: row.num_tokens, reverse=True)
 
 
 @torch.no_grad()
 def logprobs(policy: Policy, row: PackedBatch, spec: LossSpec, backend: str | None) -> Tensor:
     """log p(target[t]) at the spec's temperature under `policy`, fp32 [T]; 0 outside the mask."""
-    hidden = policy.hidden(row.tokens, row.positions, row.cu_seqlens)
+    hidden = policy.hidden(row.tokens, row.positions, row.plan)
     head = policy.head()
     return linear_logprob(
-        hidden,
+        row.at_targets(hidden),
         head.weight,
         row.target,
         bias=head.bias,
@@ -193,7 +218,7 @@ def sync(session: Session, version: int) -> float | None:
             return None
         weight = parts.policy.head().weight
         sample = Sample(prompt=parts.canary.prompt, completion=parts.canary.completion)
-        (row,) = pack_rows([sample], 0, weight.device)
+        (row,) = pack_rows([sample], session.config.train, weight.device)
         plain = dataclasses.replace(parts.spec, temperature=1.0)
         ours = logprobs(parts.policy, row, plain, backend)[row.loss_mask].tolist()
         coarser = max(weight.dtype, parts.engine.dtype, key=lambda dtype: torch.finfo(dtype).eps)

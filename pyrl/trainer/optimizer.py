@@ -79,8 +79,12 @@ class MasterAdamW:
             self._adam.step()
             self._publish()
         del grads
-        self._adam.zero_grad(set_to_none=True)
+        self.discard_gradients()
         return norm
+
+    def discard_gradients(self) -> None:
+        """Frees them."""
+        self._adam.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Masters by name and AdamW's state; references, not copies."""

@@ -43,8 +43,8 @@ def test_every_token_once_in_order_within_capacity(batch, capacity):
         assert packed.tokens[start:end].tolist() == whole
         assert packed.positions[start:end].tolist() == list(range(len(whole)))
         assert packed.target[start:end].tolist() == [*whole[1:], 0]
-        assert packed.group_ids[start:end].eq(i).all()
-        assert packed.parent_ids[start:end].eq(i).all()
+        assert packed.group_ids[start:end].eq(s).all()
+        assert packed.parent_ids[start:end].eq(s).all()
         assert packed.weights[start:end].eq(batch[i].weight).all()
     assert sum(row.num_tokens for row in packed) == total
     for row in packed:
@@ -172,5 +172,6 @@ def test_bad_samples_are_named(sample, message):
 def test_bad_calls():
     with pytest.raises(ValueError, match="capacity=0"):
         pack([], 0)
-    with pytest.raises(NotImplementedError, match="share_prefix"):
-        pack([GOOD], 16, share_prefix=True)
+    for cost in (-1.0, NAN):
+        with pytest.raises(ValueError, match="segment_cost"):
+            pack([GOOD], 16, segment_cost=cost)
