@@ -17,7 +17,8 @@ from pyrl.models.files import quiet_transformers, whole_folder
 from pyrl.models.probe import check_policy
 from pyrl.models.smollm2 import SMOLLM2_135M, smollm2_folder
 from pyrl.packing.attention import ATTENTION_NAME, VarlenPlan, no_mask
-from pyrl.packing.tree_attention import TREE_ATTENTION_NAME, TreePlan
+from pyrl.packing.tree_attention import TREE_ATTENTION_NAME
+from pyrl.packing.tree_plan import TreePlan
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -132,7 +133,7 @@ class Policy:
             return {"attention_mask": no_mask(device), "tree_plan": plan}
         if attention in (ATTENTION_NAME, TREE_ATTENTION_NAME):
             if isinstance(plan, TreePlan):
-                plan = plan.varlen()
+                plan = plan.varlen
             return {"attention_mask": no_mask(device), "varlen_plan": plan}
         return {}  # transformers finds the restarts of `positions` and builds its own [T, T] mask
 

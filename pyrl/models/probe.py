@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyrl.packing.attention import ATTENTION_NAME
-from pyrl.packing.tree_attention import TREE_ATTENTION_NAME, TreePlan
+from pyrl.packing.tree_attention import TREE_ATTENTION_NAME
+from pyrl.packing.tree_plan import TreePlan
 
 if TYPE_CHECKING:
     from pyrl.models.policy import Policy

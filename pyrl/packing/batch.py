@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyrl.packing.attention import no_mask
-from pyrl.packing.tree_attention import TreePlan
+if TYPE_CHECKING:
+    from pyrl.packing.tree_plan import TreePlan
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,6 +97,8 @@ class PackedBatch:
         Raises ValueError for a batch of several rows, whose `last` counts in each row: take
         `row(i)`.
         """
+        from pyrl.packing.tree_plan import TreePlan  # its module imports transformers
+
         if len(self) > 1:
             raise ValueError(f"a plan of {len(self)} rows: take one of `row(i)`")
         plan = TreePlan.build(self.segment_starts, self.segment_parents)
@@ -107,6 +109,8 @@ class PackedBatch:
 
         `model(**row.model_inputs(), use_cache=False)` computes one row, [1, T, ...].
         """
+        from pyrl.packing.attention import no_mask
+
         return {
             "input_ids": self.tokens[None],
             "position_ids": self.positions[None],

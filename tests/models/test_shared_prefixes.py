@@ -1,0 +1,225 @@
+"""Loss, log-probs and every gradient of packed trees equal those of one forward per sample."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pyrl import LossSpec, Sample, linear_policy_loss, pack
+from pyrl.models import load_policy
+from pyrl.testing import tiny_model_folder
+
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 6},  # shorter than the prefixes: the window counts along a path
+    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8,
+               "final_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+}  # fmt: skip
+SPECS = {
+    "dapo": LossSpec.preset("dapo", kl_coef=0.1, entropy_coef=0.01),
+    "gspo": LossSpec.preset("gspo"),
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            options = {"architecture": name, **ARCHITECTURES[name]}
+            made[name] = tiny_model_folder(tmp_path_factory.mktemp(name), **options)
+        return made[name]
+
+    return folder
+
+
+def samples(vocab=320, scale=1):
+    """Two prompts of several completions, three levels, a one-token prompt, empty completions."""
+    generator = torch.Generator().manual_seed(0)
+    ids = lambda n: torch.randint(3, vocab, (n * scale,), generator=generator).tolist()  # noqa: E731
+    first, second, turn, single = ids(9), ids(13), ids(5), ids(1)[:1]
+    found = []
+    for prompt, lengths in [
+        (first, (4, 0, 7, 1)),
+        (second, (6, 3)),
+        (first + turn, (5, 2, 0)),  # a conversation that goes on from `first`
+        (single, (3, 3, 0)),
+        (second, (2,)),
+        (first + turn + ids(2), (4, 4)),
+    ]:
+        for n in lengths:
+            c = ids(n)
+            noise = torch.randn(3, len(c), generator=generator) * 0.1 - 3
+            found.append(
+                Sample(prompt, c, *noise.unbind(), advantage=float(torch.randn((), generator=generator)),
+                       mask=torch.rand(len(c), generator=generator) < 0.9)
+            )  # fmt: skip
+    return found
+
+
+def policy_loss(hidden, head, batch, spec, denominator):
+    return linear_policy_loss(
+        hidden, head.weight, batch.target, batch.advantages,
+        dataclasses.replace(spec, softcap=head.softcap, logit_scale=head.logit_scale),
+        bias=head.bias, old_logprob=batch.old_logprob,
+        ref_logprob=batch.ref_logprob if spec.needs_ref else None, mask=batch.loss_mask,
+        cu_seqlens=batch.cu_seqlens, denominator=denominator, backend="torch",
+    )  # fmt: skip
+
+
+def packed(policy, batch, spec, denominator):
+    """(loss, log-probs by sample, gradients by name) from one forward a row."""
+    policy.model.zero_grad(set_to_none=True)
+    loss, logprobs = 0.0, {}
+    for row in batch:
+        hidden = policy.hidden(row.tokens, row.positions, row.plan)
+        out = policy_loss(row.at_targets(hidden), policy.head(), row, spec, denominator)
+        out.loss.backward()
+        loss += out.loss.item()
+        ids = sorted(row.sequence_ids.tolist())
+        logprobs |= zip(ids, row.unpack(out.logprob.detach(), 0.0), strict=True)
+    return loss, torch.cat([logprobs[i] for i in sorted(logprobs)]), grads(policy.model)
+
+
+def separate(model, head, batch, spec, denominator):
+    """The same from transformers' own forward of each sample, alone."""
+    model.zero_grad(set_to_none=True)
+    loss, logprobs = 0.0, []
+    for sample in batch:
+        row = pack([sample], 10_000, share_prefix=False, aligned=False)
+        hidden = model.base_model(row.tokens[None], use_cache=False).last_hidden_state[0]
+        out = policy_loss(row.at_targets(hidden), head, row, spec, denominator)
+        out.loss.backward()
+        loss += out.loss.item()
+        logprobs += row.unpack(out.logprob.detach(), 0.0)
+    return loss, torch.cat(logprobs), grads(model)
+
+
+def grads(model):
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours, theirs, allowed):
+    """Each within `allowed` of its norm."""
+    (loss, logprobs, gradients), (their_loss, their_logprobs, their_gradients) = ours, theirs
+    assert loss == pytest.approx(their_loss, rel=allowed)
+    assert (logprobs - their_logprobs).norm() <= allowed * their_logprobs.norm()
+    assert gradients.keys() == their_gradients.keys() and len(gradients) > 10
+    whole = torch.cat([g.flatten() for g in their_gradients.values()]).norm()
+    for key, theirs in their_gradients.items():
+        # A bias of keys (qwen2) has gradient zero: softmax ignores a shift of all scores.
+        assert (gradients[key] - theirs).norm() <= allowed * theirs.norm() + 1e-7 * whole, key
+
+
+def denominator(spec, batch):
+    if spec.aggregation == "token_mean":
+        return float(sum(s.mask.sum() for s in batch))
+    return float(len(batch))
+
+
+def theirs_of(folder, batch, spec, dtype=torch.float32):
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype)
+    plain.eval()
+    head = load_policy(str(folder)).head()
+    head = dataclasses.replace(head, weight=plain.get_output_embeddings().weight)
+    return separate(plain, head, batch, spec, denominator(spec, batch))
+
+
+@pytest.mark.parametrize("capacity", [30, 1000])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shared_equals_separate(folders, name, aligned, capacity):
+    batch, policy = samples(), load_policy(str(folders(name)))
+    for spec in SPECS.values():
+        together = pack(batch, capacity, aligned=aligned)
+        assert (len(together) > 3) == (capacity == 30)
+        assert together.num_tokens < 0.9 * together.sample_tokens
+        ours = packed(policy, together, spec, denominator(spec, batch))
+        assert_equal(ours, theirs_of(folders(name), batch, spec), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_checkpointing_changes_nothing(folders, name):
+    spec, together = SPECS["dapo"], pack(samples(), 1000, aligned=False)
+    plain = packed(load_policy(str(folders(name))), together, spec, 30.0)
+    saving = load_policy(str(folders(name)), gradient_checkpointing=True)
+    again = packed(saving, together, spec, 30.0)
+    assert plain[0] == again[0] and plain[1].equal(again[1])
+    assert all(again[2][k].equal(g) for k, g in plain[2].items())
+
+
+def defective(batch):
+    """The first target of a branch predicted from the token that happens to lie before it."""
+    index = batch.hidden_index.clone()
+    ends = batch.cu_seqlens.tolist()
+    prompt_ends = set()
+    for s in range(batch.num_sequences):
+        if batch.completion_lengths[s] > 1:
+            first = ends[s]
+            if int(index[first]) in prompt_ends:  # not the first branch of this prompt
+                index[first] = index[first + 1] - 1
+            prompt_ends.add(int(batch.hidden_index[first]))
+    return dataclasses.replace(batch, hidden_index=index)
+
+
+def test_the_first_token_defect_would_be_seen(folders):
+    """A row that predicts later branches' first tokens from the branch before fails the test."""
+    batch, spec, policy = samples(), SPECS["dapo"], load_policy(str(folders("llama")))
+    together = pack(batch, 1000, aligned=False)
+    wrong = defective(together)
+    changed = int((wrong.hidden_index != together.hidden_index).sum())
+    assert 3 <= changed < len(batch)
+    theirs = theirs_of(folders("llama"), batch, spec)
+    count = denominator(spec, batch)
+    assert_equal(packed(policy, together, spec, count), theirs, 1e-5)
+    with pytest.raises(AssertionError):
+        assert_equal(packed(policy, wrong, spec, count), theirs, 1e-2)
+
+
+def test_old_code_cannot_ignore_sharing(folders):
+    policy = load_policy(str(folders("llama")))
+    row = pack(samples(), 1000).row(0)
+    with pytest.raises(ValueError, match="begins with position 0; a branch of a shared prefix"):
+        policy.hidden(row.tokens, row.positions, row.cu_seqlens)
+    for attention in ("pyrl_varlen", "sdpa"):
+        other = load_policy(str(folders("llama")), attention=attention)
+        with pytest.raises(ValueError, match=f"attention '{attention}' cannot share prefixes"):
+            other.hidden(row.tokens, row.positions, row.plan)
+        plain = pack(samples(), 1000, share_prefix=False).row(0)
+        flat = other.hidden(plain.tokens, plain.positions, plain.plan)
+        ours = policy.hidden(plain.tokens, plain.positions, plain.plan)
+        assert (flat - ours).norm() <= 1e-5 * ours.norm()
+
+
+@pytest.mark.slow
+def test_smollm2():
+    """The real model: exact in float64, and in float32 as exact as one forward per sample."""
+    from pyrl.models.smollm2 import smollm2_folder
+
+    folder, spec = smollm2_folder(), SPECS["dapo"]
+    batch = samples(vocab=49152, scale=2)
+    count = denominator(spec, batch)
+    together = pack(batch, 160, aligned=False)
+    assert len(together) > 1
+    policy = load_policy(str(folder))
+    ours, theirs = packed(policy, together, spec, count), theirs_of(folder, batch, spec)
+    policy.model.double()
+    exact = packed(policy, together, spec, count)
+    truth = theirs_of(folder, batch, spec, torch.float64)
+    assert exact[0] == pytest.approx(truth[0], rel=1e-6)  # the loss itself is in float32
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert (ours[1] - theirs[1]).norm() <= 1e-5 * theirs[1].norm()
+    for key, true in truth[2].items():
+        error = float((ours[2][key].double() - true).norm() / true.norm())
+        baseline = float((theirs[2][key].double() - true).norm() / true.norm())
+        print(
+            key,
+            error,
+            baseline,
+            float((ours[2][key] - theirs[2][key]).norm() / theirs[2][key].norm()),
+        )
