@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import packing
+import shared_prefix
 import table
 import trainer_step
 from harness import HERE, read_rows
@@ -69,6 +70,9 @@ def write(folder: Path, target: Path | None = None) -> list[Path]:
     packed = by_name.pop("packing", [])
     if packed:
         parts += ["## Packing", "", packing.markdown(packed)]
+    shared = by_name.pop("shared_prefix", [])
+    if shared:
+        parts += ["## A policy update with shared prefixes", "", shared_prefix.markdown(shared)]
     for name, rows in by_name.items():
         parts += [f"## {name}", "", table.markdown(rows)]
     target.write_text("\n".join(parts))

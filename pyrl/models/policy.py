@@ -86,21 +86,10 @@ class Policy:
                 f"tokens {list(tokens.shape)} and positions {list(positions.shape)}: "
                 "expected [T] and [T]"
             )
-        if isinstance(plan, Tensor):
-            starts = plan[:-1][plan.diff() > 0].long()
-            plan = VarlenPlan.build(plan, tokens.shape[0])
-            begins = positions.index_select(0, starts)
-            if begins.count_nonzero():  # a packed row with shared prefixes has a plan of its own
-                s = int(begins.nonzero()[0])
-                raise ValueError(
-                    f"positions[{int(starts[s])}]={int(begins[s])}: a sequence begins with "
-                    "position 0; a branch of a shared prefix needs the row's `plan`"
-                )
-        elif plan.num_tokens != tokens.shape[0]:
-            raise ValueError(f"a plan of {plan.num_tokens} tokens for {tokens.shape[0]}")
-        if plan.max_length > self.max_length:
+        found = _checked_plan(plan, positions)
+        if found.max_length > self.max_length:
             raise ValueError(
-                f"a sequence has {plan.max_length} tokens; the model's context holds "
+                f"a sequence has {found.max_length} tokens; the model's context holds "
                 f"{self.max_length}"
             )
         embedding = self.model.get_input_embeddings()
@@ -118,7 +107,7 @@ class Policy:
                 input_ids=tokens[None],
                 position_ids=positions[None],
                 use_cache=False,
-                **self._packed(plan, tokens.device),
+                **self._packed(found, tokens.device),
             ).last_hidden_state[0]
 
     def _packed(self, plan: TreePlan | VarlenPlan, device: torch.device) -> dict[str, Any]:
@@ -268,6 +257,24 @@ def load_policy(
     if check:
         check_policy(policy, name)
     return policy
+
+
+def _checked_plan(plan: TreePlan | Tensor, positions: Tensor) -> TreePlan | VarlenPlan:
+    count = positions.shape[0]
+    if not isinstance(plan, Tensor):
+        if plan.num_tokens != count:
+            raise ValueError(f"a plan of {plan.num_tokens} tokens for {count}")
+        return plan
+    found = VarlenPlan.build(plan, count)
+    starts = plan[:-1][plan.diff() > 0].long()
+    begins = positions.index_select(0, starts)
+    if begins.count_nonzero():
+        s = int(begins.nonzero()[0])
+        raise ValueError(
+            f"positions[{int(starts[s])}]={int(begins[s])}: a sequence begins with position 0; "
+            "a branch of a shared prefix needs the row's `plan`"
+        )
+    return found
 
 
 def _refuse(name: str, config: Any) -> None:

@@ -67,8 +67,8 @@ def check_policy(policy: Policy, name: str, lengths: tuple[int, int] = (5, 7)) -
     forked = _error(branch, whole)
     if not forked <= allowed:
         raise ValueError(
-            f"model {name!r}: {model} cannot share prefixes (a branch and its whole sequence differ "
-            f"by {forked:.1e} of their norm, allowed {allowed:.0e}); "
+            f"model {name!r}: {model} cannot share prefixes (a branch and its whole sequence "
+            f"differ by {forked:.1e} of their norm, allowed {allowed:.0e}); "
             f"attention={ATTENTION_NAME!r} goes without"
         )
     off = _error(ours, logits)

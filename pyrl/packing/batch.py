@@ -60,7 +60,7 @@ class PackedBatch:
     bounds: Tensor
     """`cu_seqlens` as int64 on the host."""
     sequence_ids: Tensor
-    """int64 [S] on the host: the sample of each place, rising within a row as far as trees allow."""
+    """int64 [S] on the host: the samples in packed order, row after row."""
     prompt_lengths: Tensor
     """int64 [S] on the host."""
     completion_lengths: Tensor

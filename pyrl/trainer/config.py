@@ -199,9 +199,9 @@ class TrainSection(Section):
     """Token budget of a micro-batch; changes speed and memory, never the gradient. A longer sample
     widens it."""
     packing: Literal["shared", "plain", "off"] = "shared"
-    """shared: what the samples of a micro-batch begin with is computed once; plain: samples end to
-    end; off: every sample is a micro-batch. Speed and memory change, never the gradient. Where it is
-    not given, an attention that cannot share has plain."""
+    """shared: what several samples of a micro-batch begin with is computed once; plain: samples end
+    to end; off: every sample is a micro-batch. Speed and memory change, never the gradient. Where
+    it is not given, an attention that cannot share has plain."""
     preflight: Literal["auto", "on", "off"] = "auto"
     """Run the largest micro-batch there can be before the first step, so that what does not fit
     into memory fails at once; auto: on a GPU."""

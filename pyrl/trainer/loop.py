@@ -13,23 +13,16 @@ import torch
 from torch import Tensor
 
 from pyrl.algorithms import Group, assign_advantages, minibatches
-from pyrl.losses import linear_policy_loss
-from pyrl.models import Policy
-from pyrl.ops.linear_logprob import linear_logprob
-from pyrl.ops.spec import LossSpec
-from pyrl.packing import PackedBatch, Sample, pack
-from pyrl.trainer.config import Config, TrainSection
+from pyrl.packing import PackedBatch, Sample
+from pyrl.trainer.config import Config
 from pyrl.trainer.console import Console
 from pyrl.trainer.data import derive_seed, permutation
 from pyrl.trainer.evaluate import score_groups
 from pyrl.trainer.metrics import batch_metrics, loss_metrics
 from pyrl.trainer.optimizer import learning_rate
 from pyrl.trainer.preflight import preflight
+from pyrl.trainer.rows import logprobs, pack_rows, policy_loss
 from pyrl.trainer.session import Session
-
-#: Tokens' worth of time that one more run of tokens costs in attention's loop over them (measured:
-#: docs/packing.md). Prefixes that save less are computed again.
-SEGMENT_COST = 2.0
 
 
 def train(
@@ -113,21 +106,12 @@ def train_step(session: Session) -> None:
     with clock("update"):
         for i, mini in list(enumerate(minis)) * config.train.passes:
             for row, old_logprob, ref_logprob in zip(rows[i], old[i], ref[i], strict=True):
-                hidden = policy.hidden(row.tokens, row.positions, row.plan)
-                head = policy.head()
-                out = linear_policy_loss(
-                    row.at_targets(hidden),
-                    head.weight,
-                    row.target,
-                    row.advantages,
+                out = policy_loss(
+                    policy,
+                    row,
                     spec,
-                    bias=head.bias,
                     old_logprob=None if on_policy else old_logprob,
                     ref_logprob=ref_logprob,
-                    rollout_logprob=row.rollout_logprob,
-                    mask=row.loss_mask,
-                    cu_seqlens=row.cu_seqlens,
-                    weights=row.weights if spec.aggregation == "weighted" else None,
                     denominator=mini.denominator,
                     backend=backend,
                 )
@@ -135,7 +119,7 @@ def train_step(session: Session) -> None:
                 losses.append(out.metrics)
                 if not norms:  # nothing has been updated since sampling
                     gaps.append(rollout_gap(out.logprob, row))
-                del hidden, out
+                del out
             if rows[i]:
                 norms.append(session.optimizer.step(lr))
     if not norms:
@@ -158,50 +142,6 @@ def train_step(session: Session) -> None:
         "canary_max_diff": canary,
     }
     session.log(metrics, sampled, time.perf_counter() - start)
-
-
-def pack_rows(
-    samples: Sequence[Sample], train: TrainSection, device: torch.device
-) -> list[PackedBatch]:
-    """The samples in rows of at most `train.tokens_per_row` computed tokens, the largest first.
-
-    A longer sample widens the rows to its size. Largest first: what does not fit into memory fails
-    at once.
-    """
-    if not samples:
-        return []
-    sizes = [len(sample.prompt) + len(sample.completion) for sample in samples]
-    if train.packing == "off":
-        rows = [pack([s], n, aligned=False).to(device) for s, n in zip(samples, sizes, strict=True)]
-    else:
-        rows = list(
-            pack(
-                samples,
-                max(train.tokens_per_row, *sizes),
-                share_prefix=train.packing == "shared",
-                aligned=False,
-                segment_cost=SEGMENT_COST,
-            ).to(device)
-        )
-    return sorted(rows, key=lambda row: row.num_tokens, reverse=True)
-
-
-@torch.no_grad()
-def logprobs(policy: Policy, row: PackedBatch, spec: LossSpec, backend: str | None) -> Tensor:
-    """log p(target[t]) at the spec's temperature under `policy`, fp32 [T]; 0 outside the mask."""
-    hidden = policy.hidden(row.tokens, row.positions, row.plan)
-    head = policy.head()
-    return linear_logprob(
-        row.at_targets(hidden),
-        head.weight,
-        row.target,
-        bias=head.bias,
-        temperature=spec.temperature,
-        softcap=spec.softcap,
-        logit_scale=spec.logit_scale,
-        mask=row.loss_mask,
-        backend=backend,
-    ).logprob
 
 
 def sync(session: Session, version: int) -> float | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pyrl.losses import linear_policy_loss
 from pyrl.packing import Sample, pack
+from pyrl.trainer.rows import policy_loss
 from pyrl.trainer.session import Session
 
 
@@ -33,26 +33,19 @@ def preflight(session: Session) -> int:
             advantage=1.0,
             old_logprob=[0.0] * (length - 1),
             ref_logprob=[0.0] * (length - 1),
+            rollout_logprob=[0.0] * (length - 1),
         )
         for s, length in enumerate(lengths)
     ]
     budget = sum(lengths)
     row = pack(samples, budget, share_prefix=False, aligned=False).row(0).to(device)
-    head = policy.head()
     try:
-        linear_policy_loss(
-            row.at_targets(policy.hidden(row.tokens, row.positions, row.plan)),
-            head.weight,
-            row.target,
-            row.advantages,
+        policy_loss(
+            policy,
+            row,
             spec,
-            bias=head.bias,
             old_logprob=row.old_logprob,
             ref_logprob=row.ref_logprob if spec.needs_ref else None,
-            rollout_logprob=row.old_logprob,
-            mask=row.loss_mask,
-            cu_seqlens=row.cu_seqlens,
-            weights=row.weights if spec.aggregation == "weighted" else None,
             denominator=float(budget),
             backend=config.train.backend,
         ).loss.backward()

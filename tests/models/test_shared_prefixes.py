@@ -56,7 +56,8 @@ def samples(vocab=320, scale=1):
             c = ids(n)
             noise = torch.randn(3, len(c), generator=generator) * 0.1 - 3
             found.append(
-                Sample(prompt, c, *noise.unbind(), advantage=float(torch.randn((), generator=generator)),
+                Sample(prompt, c, *noise.unbind(),
+                       advantage=float(torch.randn((), generator=generator)),
                        mask=torch.rand(len(c), generator=generator) < 0.9)
             )  # fmt: skip
     return found

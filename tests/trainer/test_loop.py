@@ -157,10 +157,10 @@ def test_preflight_names_the_setting(make_config, tmp_path, console, monkeypatch
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(preflight, "linear_policy_loss", full)
+    monkeypatch.setattr(preflight, "policy_loss", full)
     config = make_config(train__preflight="on", train__tokens_per_row=100)
     with pytest.raises(
-        ValueError, match="train.tokens_per_row = 100: a micro-batch of .* does not fit"
+        ValueError, match=r"train\.tokens_per_row = 100: a micro-batch of .* does not fit"
     ):
         train(config, tmp_path / "run", console=console)
 
