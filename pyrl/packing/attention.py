@@ -71,7 +71,16 @@ def _band(length: int, sliding_window: int, device: torch.device) -> Tensor:
     return ones.tril().triu(1 - sliding_window)
 
 
-def _attend_softcap(
+def widen(x: Tensor) -> Tensor:
+    """Half precision to float32 on the CPU; float32, float64 and CUDA tensors as they are.
+
+    torch's half-precision CPU flash backward takes twice as long as the float32 one, casts
+    included, and is less exact.
+    """
+    return x.float() if x.device.type == "cpu" and x.dtype.itemsize < 4 else x
+
+
+def attend_softcap(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, mask: Tensor | None
 ) -> Tensor:
     """softmax(where(mask, softcap * tanh(scale * q k^T / softcap), min)) v, which SDPA lacks.
@@ -87,7 +96,8 @@ def _attend_softcap(
     if mask is not None:
         # The least number, not -inf: a padded query that sees no key must not become NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probs = scores.float().softmax(-1).to(v.dtype).view(batch, k.shape[1], -1, k.shape[2])
+    probs = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))
+    probs = probs.to(v.dtype).view(batch, k.shape[1], -1, k.shape[2])
     return (probs @ v).view(batch, heads, length, v.shape[-1])
 
 
@@ -135,16 +145,15 @@ def varlen_attention(
 
     query [1, H, T, d], key [1, K, T, d], value [1, K, T, e] with H a multiple of K -> [1, T, H, e]
     in query's dtype; differentiable. On CUDA in half precision one flash-attention launch; else
-    one SDPA call per sequence, K and V unrepeated, in float32 on the CPU (its half-precision flash
-    backward takes twice as long as the float32 one, casts included, and is less exact).
+    one SDPA call per sequence, K and V unrepeated; half precision is computed in float32 on the
+    CPU.
     """
     dtype, device = query.dtype, query.device
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     window = min(sliding_window or plan.max_length, plan.max_length)
     if softcap is None and _flash_takes(query, value):
         return _attend_flash(query, key, value, plan, scale, window)
-    if not query.is_cuda:
-        query, key, value = query.float(), key.float(), value.float()
+    query, key, value = widen(query), widen(key), widen(value)
     # split, not slices: the backward of a split is one concatenation, that of S slices S zero fills
     lengths = [n for n in plan.lengths if n > 0]
     outs = []
@@ -153,7 +162,7 @@ def varlen_attention(
     ):
         length = q.shape[2]
         if softcap is not None:
-            out = _attend_softcap(q, k, v, scale, softcap, _band(length, window, device))
+            out = attend_softcap(q, k, v, scale, softcap, _band(length, window, device))
         else:
             mask = _band(length, window, device) if window < length else None
             out = F.scaled_dot_product_attention(
@@ -161,8 +170,9 @@ def varlen_attention(
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
         outs.append(out.transpose(1, 2))
-    if not outs:
-        return query.new_zeros(1, 0, query.shape[1], value.shape[-1], dtype=dtype)
+    if not outs:  # still a function of its inputs: a loss over no tokens has gradients, all empty
+        nothing = query.new_zeros(1, 0, query.shape[1], value.shape[-1], dtype=dtype)
+        return nothing + (query.sum() + key.sum() + value.sum()).to(dtype)
     return torch.cat(outs, 1).to(dtype)
 
 
@@ -180,8 +190,27 @@ def _softcap_without_boundaries(
         key, value = key[:, :, :length], value[:, :, :length]
         mask = _band(length, length, query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _attend_softcap(query, key, value, scale, softcap, mask)
+    out = attend_softcap(query, key, value, scale, softcap, mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def check_packed_call(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    """What the attention function `name` refuses to do on a packed row; kwargs as transformers'."""
+    for extra in ("s_aux", "position_bias"):
+        if kwargs.get(extra) is not None:
+            raise NotImplementedError(f"{name} attention has no {extra}")
+    if dropout:
+        raise NotImplementedError(f"{name} attention has no dropout (got {dropout})")
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise NotImplementedError(f"{name} attention is causal only")
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"packed attention takes one row without a cache: query {list(query.shape)}, "
+            f"key {list(key.shape)}"
+        )
 
 
 def pyrl_varlen_forward(
@@ -211,19 +240,7 @@ def pyrl_varlen_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{ATTENTION_NAME} attention has no {name}")
-    if dropout:
-        raise NotImplementedError(f"{ATTENTION_NAME} attention has no dropout (got {dropout})")
-    causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise NotImplementedError(f"{ATTENTION_NAME} attention is causal only")
-    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"packed attention takes one row without a cache: query {list(query.shape)}, "
-            f"key {list(key.shape)}"
-        )
+    check_packed_call(ATTENTION_NAME, module, query, key, dropout, kwargs)
     if varlen_plan is None:
         assert cu_seq_lens_q is not None
         varlen_plan = VarlenPlan.build(cu_seq_lens_q, query.shape[2])
@@ -234,7 +251,7 @@ def pyrl_varlen_forward(
     return out, None
 
 
-def _mask(*, device: torch.device, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
+def packed_mask(*, device: torch.device, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
     """SDPA's mask; for packed positions (found by transformers) the empty marker of `no_mask`."""
     packed = not allow_is_causal_skip and kwargs.get("attention_mask") is None
     if packed and kwargs["q_length"] == kwargs["kv_length"] and not kwargs.get("use_vmap"):
@@ -245,7 +262,7 @@ def _mask(*, device: torch.device, allow_is_causal_skip: bool = True, **kwargs: 
 def register() -> None:
     """Make `attn_implementation="pyrl_varlen"` known to transformers; idempotent."""
     AttentionInterface.register(ATTENTION_NAME, pyrl_varlen_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, packed_mask)
 
 
 register()

@@ -8,7 +8,7 @@ from pyrl.packing.attention import VarlenPlan, pyrl_varlen_forward, varlen_atten
 LENGTHS = [5, 1, 0, 17, 17, 3]
 # Reordered float32 sums of up to 17 products; bfloat16's unit roundoff is 2^-9, twice for the
 # rounding of inputs' gradients at the two casts.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 
 def bounds(lengths):
@@ -43,7 +43,7 @@ def close(a, b, tolerance, size=0.0):
     assert (a.double() - b.double()).norm() <= tolerance * b.double().norm().clamp_min(size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (9, 3)])
 @pytest.mark.parametrize("window", [None, 1, 4, 17])
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -78,7 +78,8 @@ def test_other_sequences_change_nothing():
 
 def test_no_tokens():
     q, k, v, _ = inputs(4, 2, [0])
-    assert varlen_attention(q, k, v, VarlenPlan.build(bounds([0, 0]), 0)).shape == (1, 0, 4, 8)
+    out = varlen_attention(q.requires_grad_(), k, v, VarlenPlan.build(bounds([0, 0]), 0))
+    assert out.shape == (1, 0, 4, 8) and torch.autograd.grad(out.sum(), q)[0].shape == q.shape
 
 
 @pytest.mark.parametrize(
