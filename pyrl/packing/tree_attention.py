@@ -268,7 +268,7 @@ def pyrl_tree_forward(
 
     Without `tree_plan` this is `pyrl_varlen_forward`. Raises NotImplementedError for dropout,
     attention sinks, position biases and non-causal layers, ValueError for more than one row, a
-    cache, or a plan beside other boundaries.
+    cache, or a plan beside other boundaries or a mask.
     """
     packed = not (tree_plan is None and cu_seq_lens_q is None and varlen_plan is None)
     if packed:
@@ -280,6 +280,11 @@ def pyrl_tree_forward(
         )  # fmt: skip
     if varlen_plan is not None or cu_seq_lens_q is not None:
         raise ValueError("tree_plan beside varlen_plan or cu_seq_lens_q: give one of them")
+    if attention_mask is not None and attention_mask.numel() > 0:  # perhaps a sparse layer's own
+        raise ValueError(
+            f"attention_mask of shape {list(attention_mask.shape)} beside tree_plan: the plan is "
+            "the mask; call the model with attention_mask=no_mask(device)"
+        )
     out = tree_attention(
         query, key, value, tree_plan,
         scale=scaling, sliding_window=sliding_window, softcap=softcap,

@@ -244,6 +244,17 @@ def test_cost_is_the_attended_area(name, monkeypatch):
     assert pairs == {"forward": expected, "backward": expected}
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_window_gathers_what_is_in_reach(softcap):
+    """NaN times a masked probability is NaN: branches at 10 and 12 never touch tokens below 7."""
+    plan = plan_of((10, -1), (2, 0), (3, 1), (1, 1), (4, 0))
+    (q, k, v), _ = inputs(plan)
+    before = tree_attention(q, k, v, plan, sliding_window=4, softcap=softcap)
+    k.data[:, :, :7] = v.data[:, :, :7] = torch.nan
+    after = tree_attention(q, k, v, plan, sliding_window=4, softcap=softcap)
+    assert after[:, 10:].equal(before[:, 10:]) and not after[:, :10].equal(before[:, :10])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -310,8 +321,11 @@ def test_what_it_cannot_do_is_refused(boundaries, kwargs, error, message):
         pyrl_tree_forward(Layer(), q, k, v, None, **given_, **kwargs)
 
 
-def test_two_sets_of_boundaries():
+def test_two_masks_are_refused():
     plan = plan_of(*THREE)
     (q, k, v), _ = inputs(plan)
     with pytest.raises(ValueError, match="tree_plan beside varlen_plan"):
         pyrl_tree_forward(Layer(), q, k, v, None, tree_plan=plan, varlen_plan=plan.varlen)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \[1, 1, 28, 28\] beside"):
+        mask = torch.ones(1, 1, 28, 28, dtype=torch.bool)
+        pyrl_tree_forward(Layer(), q, k, v, mask, tree_plan=plan)
