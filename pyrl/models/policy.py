@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,20 @@ class Policy:
         limits = (limit, getattr(self.tokenizer, "model_max_length", None))
         return min((int(n) for n in limits if n), default=2**31)
 
+    @functools.cached_property
+    def _longrope_from(self) -> int:
+        """Length above which `longrope` scaling takes other frequencies, for the whole row."""
+        config = self.model.config
+        scaling = getattr(config, "rope_parameters", None) or {}
+        nested = [v for v in scaling.values() if isinstance(v, dict)] or [scaling]
+        limits = [
+            s.get("original_max_position_embeddings")
+            or getattr(config, "original_max_position_embeddings", None)
+            for s in nested
+            if s.get("rope_type") == "longrope"
+        ]
+        return min((int(n) for n in limits if n), default=2**31)
+
     def hidden(self, tokens: Tensor, positions: Tensor, plan: TreePlan | Tensor) -> Tensor:
         """backbone(tokens), each token attending to its own sequence only; the head is not applied.
 
@@ -91,6 +106,12 @@ class Policy:
             raise ValueError(
                 f"a sequence has {found.max_length} tokens; the model's context holds "
                 f"{self.max_length}"
+            )
+        if found.max_length > self._longrope_from and found.max_length < tokens.shape[0]:
+            raise ValueError(
+                f"a sequence of {found.max_length} tokens in a row of {tokens.shape[0]}: beyond "
+                f"{self._longrope_from} tokens longrope would change the positions of the row's "
+                "other sequences; give it a row of its own"
             )
         embedding = self.model.get_input_embeddings()
         if tokens.shape[0] == 0:

@@ -234,6 +234,23 @@ def test_saving_replaces_or_leaves(folders, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing half-made is left
 
 
+def test_longrope_does_not_reach_other_sequences(folders, tmp_path):
+    """Beyond the original context one long sequence changes the frequencies of its whole row."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+               "original_max_position_embeddings": 16, "rope_theta": 1e4}  # fmt: skip
+    folder = tmp_path / "phi3"
+    shutil.copytree(folders("phi3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"rope_parameters": scaling, "original_max_position_embeddings": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    policy = load_policy(str(folder))
+    tokens, positions = torch.arange(22) + 3, torch.cat([torch.arange(17), torch.arange(5)])
+    bounds = torch.tensor([0, 17, 22], dtype=torch.int32)
+    with pytest.raises(ValueError, match="beyond 16 tokens longrope would change"):
+        policy.hidden(tokens, positions, bounds)
+    assert policy.hidden(tokens[:17], positions[:17], bounds[:2]).shape == (17, 32)
+
+
 def test_bad_calls(folders):
     policy = load_policy(folders("llama"))
     cu = lambda *ends: torch.tensor(ends, dtype=torch.int32)  # noqa: E731
