@@ -18,7 +18,7 @@ from pathlib import Path
 
 from table import terminal
 
-BENCHMARKS = ("linear_policy_loss", "small_ops", "packing", "trainer_step")
+BENCHMARKS = ("linear_policy_loss", "small_ops", "packing", "trainer_step", "memory")
 HERE = Path(__file__).resolve().parent
 
 
