@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,8 +51,7 @@ def quantize_frozen(model: Any) -> None:
             "model.quantize = 'int8' needs torchao, which is not installed: "
             "pip install 'pyrl[lora]'"
         )
-    with unlogged():
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     head = model.get_output_embeddings()
     found = {
@@ -76,15 +72,3 @@ def quantize_frozen(model: Any) -> None:
 def dequantized(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
     """s q in `dtype` (default: what it computes in); any other tensor is returned as it is."""
     return weight.dequantize(dtype) if hasattr(weight, "qdata") else weight
-
-
-@contextlib.contextmanager
-def unlogged() -> Iterator[None]:
-    """Warnings that are logged inside are dropped: torchao's import, which peft does too, logs one
-    for every CUDA library that a CPU cannot load."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

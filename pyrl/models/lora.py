@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pyrl.models.int8 import dequantized, quantize_frozen, unlogged
+from pyrl.models.int8 import dequantized, quantize_frozen
 
 ALL_LINEAR = "all-linear"
 _NAME = "default"  # peft's name of the only adapter
@@ -72,15 +72,16 @@ def attach(model: Any, adapters: Adapters) -> None:
     everything = adapters.targets == (ALL_LINEAR,)
     config = LoraConfig(
         r=adapters.rank,
-        lora_alpha=adapters.alpha,
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft only divides it
         target_modules=ALL_LINEAR if everything else list(adapters.targets),
         lora_dropout=0.0,
         bias="none",
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
     dtype = model.get_input_embeddings().weight.dtype
-    with unlogged(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(adapters.seed)
         inject_adapter_in_model(config, model, adapter_name=_NAME)
     for name, parameter in model.named_parameters():

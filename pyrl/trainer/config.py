@@ -70,7 +70,10 @@ class ModelConfig(Section):
     """The adapters' output is scaled by lora_alpha / lora_rank."""
     lora_targets: Names = Field(default_factory=lambda: ["all-linear"])
     """Names of the linear layers that get adapters; `all-linear`: all but the head."""
-    quantize: Literal["none", "int8"] = "none"
+    quantize: Annotated[
+        Literal["none", "int8"],
+        pydantic.BeforeValidator(lambda value: "none" if value is None else value),  # a flag's none
+    ] = "none"
     """How the linear layers of the frozen model are stored; int8 needs lora_rank > 0."""
     device: str = "auto"
     """`auto` (cuda when there is one), `cpu`, `cuda` or `cuda:N`."""
