@@ -72,7 +72,7 @@ def attach(model: Any, adapters: Adapters) -> None:
     everything = adapters.targets == (ALL_LINEAR,)
     config = LoraConfig(
         r=adapters.rank,
-        lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft only divides it
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type, unused-ignore]  # peft only divides it
         target_modules=ALL_LINEAR if everything else list(adapters.targets),
         lora_dropout=0.0,
         bias="none",

@@ -160,6 +160,26 @@ def test_named_weights_have_plain_names(folders, architecture):
 
 
 @pytest.mark.parametrize("quantize", BASES)
+def test_an_fp32_engine_is_given_the_masters(folders, quantize):
+    """Under `exact` a bf16 model's adapters are their fp32 masters, and the sum is not rounded."""
+    policy = load(folders(), quantize, dtype=torch.bfloat16)
+    optimizer = MasterAdamW(policy.model, OptimizerConfig())
+    for master in optimizer.masters.values():
+        master.mul_(1.001)
+    key = "model.layers.0.mlp.up_proj"
+    layer = adapted_layers(policy.model)[key]
+    a, b = (optimizer.masters[f"{key}.lora_{x}.default.weight"] for x in "AB")
+    base = layer.base_layer.weight
+    base = base.dequantize(torch.float32) if quantize == "int8" else base.float()
+    with optimizer.exact():
+        merged = dict(policy.named_weights())[f"{key}.weight"]
+    assert merged.dtype == torch.float32
+    assert relative(merged, base + layer.scaling["default"] * b @ a) <= 1e-6
+    rounded = dict(policy.named_weights())[f"{key}.weight"]
+    assert rounded.dtype == torch.bfloat16 and 1e-4 < relative(rounded, merged) < 1e-2
+
+
+@pytest.mark.parametrize("quantize", BASES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_saves_a_merged_folder_and_the_adapter(folders, quantize, dtype, tmp_path):
     policy = load(folders(), quantize)
