@@ -59,7 +59,7 @@ $(STAMPS)/pyrl: $(STAMPS)/torch setup.py pyproject.toml CMakeLists.txt $(shell f
 	touch $@
 
 $(STAMPS)/test $(STAMPS)/dev $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/pyrl
-	PYRL_BUILD=python $(PIP) -e ".[$*$(if $(filter test dev,$*),$(comma)triton)]"
+	PYRL_BUILD=python $(PIP) -e ".[$*$(if $(filter test dev,$*),$(comma)triton$(comma)lora)]"
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 

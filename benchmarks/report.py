@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import memory
 import packing
 import shared_prefix
 import table
@@ -58,6 +59,9 @@ def write(folder: Path, target: Path | None = None) -> list[Path]:
     steps = by_name.pop("trainer_step", [])
     if steps:
         parts += ["## A whole training step", "", trainer_step.markdown(steps)]
+    lean = by_name.pop("memory", [])
+    if lean:
+        parts += ["## Training in less memory", "", memory.markdown(lean)]
     small = by_name.pop("small_ops", [])
     if small:
         parts += [

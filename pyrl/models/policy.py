@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pyrl.models.files import quiet_transformers, whole_folder
+from pyrl.models.lora import Adapters, adapted_layers, attach, merged, save_adapter, switched_off
+from pyrl.models.offload import Offload
 from pyrl.models.probe import check_policy
 from pyrl.models.smollm2 import SMOLLM2_135M, smollm2_folder
 from pyrl.packing.attention import ATTENTION_NAME, VarlenPlan, no_mask
@@ -48,12 +50,14 @@ class Policy:
     """A Hugging Face causal language model and its tokenizer.
 
     `model` is kept in eval mode and dropout is off: a policy's log-probs must not be random, and
-    generation with a KV cache needs activation checkpointing out of the way.
+    generation with a KV cache needs activation checkpointing out of the way. With low-rank adapters
+    (`load_policy(adapters=...)`) they are inside `model` and alone require gradients.
     """
 
     model: Any
     tokenizer: Any
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -149,15 +153,15 @@ class Policy:
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """Training mode, which transformers demands for checkpointing, for this forward alone."""
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+        """Offloading, and training mode, which transformers demands for checkpointing, for this
+        forward alone."""
+        with ExitStack() as stack:
+            if self.offload_activations and torch.is_grad_enabled():
+                stack.enter_context(Offload(self.model))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                self.model.train()
+                stack.callback(self.model.eval)
             yield
-            return
-        self.model.train()
-        try:
-            yield
-        finally:
-            self.model.eval()
 
     def head(self) -> Head:
         """What turns `hidden` into logits."""
@@ -171,11 +175,36 @@ class Policy:
             logit_scale=scale / divisor,
         )
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether low-rank adapters are trained over a frozen model."""
+        return bool(adapted_layers(self.model))
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What an engine with weights of its own is given: `model.named_parameters()`, with the
+        names of the Hugging Face model, adapters merged and int8 weights dequantized."""
+        return merged(self.model, self.model.named_parameters())
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The initial weights while it lasts, for forwards without a backward. ValueError for a
+        policy that has no adapters to switch off."""
+        if not self.has_adapters:
+            raise ValueError("without_adapters: this policy trains all its weights")
+        with switched_off(self.model):
+            yield
+
+    def initial(self) -> Policy:
+        """The policy with its adapters off, sharing `model`: a reference that costs no memory."""
+        with self.without_adapters():
+            return _Initial(self.model, self.tokenizer)
+
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a plain Hugging Face folder (safetensors, config, tokenizer), whole or not at all.
 
         `AutoModelForCausalLM.from_pretrained(folder)` opens it, in `dtype` (default: the
-        parameters'). Tied weights are stored once. An existing folder is replaced.
+        parameters'). Tied weights are stored once. An existing folder is replaced. Adapters are
+        merged, and written in peft's format to `folder`/adapter too.
         """
         target = Path(folder)
         with whole_folder(target) as aside, quiet_transformers():
@@ -186,10 +215,12 @@ class Policy:
                 config["dtype"] = str(dtype).removeprefix("torch.")
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             self.tokenizer.save_pretrained(aside)
+            if self.has_adapters:
+                save_adapter(self.model, aside / "adapter")
 
     def _state(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The state dict in `dtype`; names that share memory share it still."""
-        state = self.model.state_dict()
+        state = dict(merged(self.model, self.model.state_dict().items()))
         if dtype is None:
             return state
         cast: dict[tuple[int, torch.Size], Tensor] = {}
@@ -198,6 +229,15 @@ class Policy:
             if same is None and tensor.is_floating_point():
                 cast[tensor.data_ptr(), tensor.shape] = tensor.to(dtype)
         return {k: cast.get((v.data_ptr(), v.shape), v) for k, v in state.items()}
+
+
+class _Initial(Policy):
+    """A policy whose adapters are off whenever it computes."""
+
+    @torch.no_grad()  # a checkpoint's recomputation would find the adapters on
+    def hidden(self, *args: Any, **kwargs: Any) -> Tensor:
+        with switched_off(self.model):
+            return super().hidden(*args, **kwargs)
 
 
 def model_folder(name: str) -> str:
@@ -224,19 +264,22 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     attention: str = TREE_ATTENTION_NAME,
     gradient_checkpointing: bool = False,
+    offload_activations: bool = False,
+    adapters: Adapters | None = None,
     check: bool = True,
 ) -> Policy:
     """Load a policy from a Hugging Face folder or id, or `smollm2-135m`, onto the CPU.
 
     Parameters, and so the computation, are in `dtype` (float32, bfloat16, float16). `attention` is
     `pyrl_tree`, `pyrl_varlen` (no shared prefixes), or transformers' `sdpa` or `eager`, which build
-    [T, T] masks. Dropout is turned off. With `check`, short sequences are run packed, with a shared
-    prefix where the attention can, and alone, and the head is compared with the model's own logits:
-    a model that mixes packed sequences (state-space or convolution layers, chunked attention, ...)
-    or does more to its logits than `Head` says is refused rather than trained wrongly.
+    [T, T] masks. Dropout is turned off. `adapters` freezes the model and trains low-rank adapters
+    instead (docs/memory.md). With `check`, short sequences are run packed, with a shared prefix
+    where the attention can, and alone, and the head is compared with the model's own logits: a
+    model that mixes packed sequences (state-space or convolution layers, chunked attention, ...) or
+    does more to its logits than `Head` says is refused rather than trained wrongly.
 
     Raises ValueError for a missing or incomplete model (weights missing or of another shape), a
-    quantized or multimodal one, or one that fails the check.
+    quantized or multimodal one, one that fails the check, or adapters that do not fit it.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype}: expected one of {[str(d) for d in _DTYPES]}")
@@ -270,7 +313,9 @@ def load_policy(
         raise ValueError(f"model {name!r}: {type(model).__name__} has no output embedding")
     _no_dropout(model)
     model.eval()
-    policy = Policy(model, tokenizer, gradient_checkpointing)
+    if adapters is not None:
+        attach(model, adapters)
+    policy = Policy(model, tokenizer, gradient_checkpointing, offload_activations)
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"model {name!r}: {type(model).__name__} has no checkpointing")

@@ -45,6 +45,12 @@ class Section(pydantic.BaseModel):
     )
 
 
+#: One name or a list of them.
+Names = Annotated[
+    list[str], pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
+
+
 class ModelConfig(Section):
     """The policy."""
 
@@ -57,8 +63,28 @@ class ModelConfig(Section):
     [T, T] masks besides."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    offload_activations: bool = False
+    """CUDA: what the backward needs of the forward waits in pinned host memory."""
+    lora_rank: NonNegativeInt = 0
+    """Train low-rank adapters of this rank over the frozen model; 0 trains all weights."""
+    lora_alpha: PositiveFloat = 32.0
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    lora_targets: Names = Field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers that get adapters; `all-linear`: all but the head."""
+    quantize: Annotated[
+        Literal["none", "int8"],
+        pydantic.BeforeValidator(lambda value: "none" if value is None else value),  # a flag's none
+    ] = "none"
+    """How the linear layers of the frozen model are stored; int8 needs lora_rank > 0."""
     device: str = "auto"
     """`auto` (cuda when there is one), `cpu`, `cuda` or `cuda:N`."""
+
+    @pydantic.model_validator(mode="after")
+    def _only_frozen_weights_in_8_bits(self) -> ModelConfig:
+        if self.quantize != "none" and self.lora_rank == 0:
+            raise ValueError(f"quantize = {self.quantize!r} is for a frozen model: lora_rank = 0 "
+                             "trains all weights, and 8 bits would not hold updates")  # fmt: skip
+        return self
 
 
 def _options(value: dict[str, Any]) -> dict[str, Any]:

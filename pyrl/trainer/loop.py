@@ -153,7 +153,7 @@ def sync(session: Session, version: int) -> float | None:
     # An fp32 engine beside a half-precision trainer follows the fp32 masters, and is held to them.
     exact = parts.engine.dtype == torch.float32
     with session.clock("sync"), session.optimizer.exact(exact):
-        parts.engine.sync(parts.policy.model.named_parameters(), version)
+        parts.engine.sync(parts.policy.named_weights(), version)
         if parts.canary is None:
             return None
         weight = parts.policy.head().weight

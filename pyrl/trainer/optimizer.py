@@ -63,6 +63,11 @@ class MasterAdamW:
             fused=True,
         )
 
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(master.numel() for master in self.masters.values())
+
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """Clips, updates, frees the gradients. Returns the gradient norm before clipping.

@@ -115,7 +115,8 @@ class Session:
         self.console.banner(
             {
                 "model": f"{config.model.name} ({config.model.dtype})",
-                "parameters": f"{sum(p.numel() for p in policy.model.parameters()):,}",
+                "parameters": f"{sum(p.numel() for p in policy.model.parameters()):,}"
+                + (f" ({self.optimizer.trained:,} trained)" if policy.has_adapters else ""),
                 "task": f"{config.task.name} ({len(self.parts.stream):,} prompts)",
                 "rollout": f"{config.rollout.engine}, {config.rollout.prompts_per_step} prompts x "
                 f"{config.rollout.n} completions x {config.rollout.max_new_tokens} tokens",

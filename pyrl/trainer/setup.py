@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from pyrl.models import Policy, load_policy
+from pyrl.models import Adapters, Policy, load_policy
 from pyrl.ops.backend import select
 from pyrl.ops.spec import LossSpec
 from pyrl.rollout import Canary, Rollout, SamplingParams, check_options, make_rollout
 from pyrl.tasks import Scorer, get_task
 from pyrl.trainer.config import Config
-from pyrl.trainer.data import EncodedPrompt, PromptStream
+from pyrl.trainer.data import EncodedPrompt, PromptStream, derive_seed
 
 #: Re-scored after every sync; any text will do, as long as it never changes.
 CANARY = "The quick brown fox jumps over the lazy dog, and nobody was surprised."
@@ -27,7 +27,8 @@ class Parts:
 
     policy: Policy
     reference: Policy | None
-    """A frozen copy of the initial weights, only for a KL term against them."""
+    """The initial weights, only for a KL term against them: a frozen copy, or with adapters the
+    policy's own model with the adapters off."""
     engine: Rollout
     scorer: Scorer
     stream: PromptStream
@@ -85,8 +86,11 @@ def prepare(config: Config) -> Parts:
         max_length=sampling.max_new_tokens,
     )
     if spec.needs_ref and config.train.reference == "initial":
-        reference = _load(config, device)
-        reference.model.requires_grad_(False)
+        if policy.has_adapters:
+            reference = policy.initial()
+        else:
+            reference = _load(config, device)
+            reference.model.requires_grad_(False)
     params = SamplingParams(
         n=sampling.n,
         max_new_tokens=sampling.max_new_tokens,
@@ -122,15 +126,32 @@ def prepare(config: Config) -> Parts:
 
 
 def _load(config: Config, device: torch.device) -> Policy:
-    name = config.model.name
+    settings = config.model
+    name = settings.name
     looks_like_path = name.startswith(("/", "./", "../", "~"))
     if looks_like_path and not Path(name).expanduser().is_dir():
         raise ValueError(f"model.name = {name!r}: no such folder")
+    if settings.offload_activations and device.type == "cpu":
+        raise ValueError(
+            "model.offload_activations = true: on a CPU the activations are in host memory "
+            "already; it needs model.device = 'cuda' (gradient_checkpointing saves memory here)"
+        )
+    adapters = None
+    if settings.lora_rank:
+        adapters = Adapters(
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            targets=tuple(settings.lora_targets),
+            quantize=settings.quantize,
+            seed=derive_seed(config.train.seed, 0, "adapters"),
+        )
     policy = load_policy(
         str(Path(name).expanduser()) if looks_like_path else name,
-        dtype=getattr(torch, config.model.dtype),
-        attention=config.model.attention,
-        gradient_checkpointing=config.model.gradient_checkpointing,
+        dtype=getattr(torch, settings.dtype),
+        attention=settings.attention,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        offload_activations=settings.offload_activations,
+        adapters=adapters,
     )
     policy.model.to(device)
     return policy

@@ -263,7 +263,7 @@ def test_bad_calls(folders):
         policy.hidden(torch.tensor([0, 1, 320, 2]), positions, cu(0, 4))
     long = torch.zeros(600, dtype=torch.long)
     with pytest.raises(ValueError, match=r"sequence has 596 tokens; .* holds 512"):
-        policy.hidden(long, torch.arange(600), cu(0, 4, 600))
+        policy.hidden(long, torch.cat([torch.arange(4), torch.arange(596)]), cu(0, 4, 600))
     assert policy.hidden(tokens[:0], positions[:0], cu(0)).shape == (0, 32)
     assert policy.max_length == 512
 

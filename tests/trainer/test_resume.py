@@ -58,6 +58,8 @@ HARD = {
 }
 SCENARIOS = {
     "bfloat16": ("after", HARD | {"model__dtype": "bfloat16"}),
+    "adapters": ("after", HARD | {"model__lora_rank": 4, "model__dtype": "bfloat16"}),
+    "adapters-int8": ("before", HARD | {"model__lora_rank": 4, "model__quantize": "int8"}),
     "within-a-step": ("before", HARD),
     "every-step": ("after", {"train__steps": 5, "train__checkpoint_every": 1}),
     "no-checkpoint": ("after", {"train__steps": 4, "train__checkpoint_every": 0}),
