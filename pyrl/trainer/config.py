@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_type_hints
+from typing import Annotated, Any, Literal
 
 import pydantic
 import tomli_w
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
-from pyrl.ops.spec import PRESETS, LossSpec
+from pyrl.trainer.loss_config import LossConfig, Section
 
 #: Loss presets that name an algorithm with advantages of its own, and `advantage.method` for them
 #: where none is given.
@@ -24,6 +21,7 @@ PRESET_METHODS = {"raft": "positive", "raft++": "positive", "dr_grpo": "mean", "
 FREE_ON_RESUME = (
     "train.steps",
     "train.threads",
+    "train.preflight",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.save_model",
@@ -31,18 +29,6 @@ FREE_ON_RESUME = (
     "task.deadline",
     "tracking",
 )
-
-
-class Section(pydantic.BaseModel):
-    """One table of a recipe; an unknown key is an error."""
-
-    model_config = pydantic.ConfigDict(
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,
-        protected_namespaces=(),
-    )
 
 
 #: One name or a list of them.
@@ -272,53 +258,6 @@ class TrackingConfig(Section):
     """Where run folders are made when no `--run` is given."""
     samples_per_step: NonNegativeInt = 4
     """Completions a step that are kept in samples.jsonl."""
-
-
-class _LossBase(Section):
-    """The loss: a preset and any field of LossSpec, which overrides it."""
-
-    preset: str = "grpo"
-    """The named LossSpec that the other fields override."""
-
-    def spec(self, **filled: Any) -> LossSpec:
-        """The LossSpec; `filled` (what the rollout and the model's head decide) where unset."""
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset = {self.preset!r}: expected one of {sorted(PRESETS)}")
-        given = self.model_dump(exclude={"preset"}, exclude_none=True)
-        return LossSpec(**{**filled, **PRESETS[self.preset], **given})
-
-    @pydantic.model_validator(mode="after")
-    def _is_a_loss(self) -> _LossBase:
-        self.spec()
-        return self
-
-
-def _attribute_docstrings(cls: type) -> dict[str, str]:
-    body = ast.parse(inspect.getsource(cls)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(doc))):
-                docs[name] = inspect.cleandoc(doc)
-    return docs
-
-
-def _loss_fields() -> dict[str, Any]:
-    """Every LossSpec field as an optional one: a new loss option is written in one place."""
-    hints, docs = get_type_hints(LossSpec), _attribute_docstrings(LossSpec)
-    return {
-        f.name: (Union[hints[f.name], None], Field(None, description=docs.get(f.name)))  # noqa: UP007
-        for f in dataclasses.fields(LossSpec)
-    }
-
-
-if TYPE_CHECKING:
-    LossConfig = _LossBase
-else:
-    LossConfig = pydantic.create_model(
-        "LossConfig", __base__=_LossBase, __doc__=_LossBase.__doc__, **_loss_fields()
-    )
 
 
 #: Advantage methods that subtract the mean of their group.
