@@ -161,10 +161,7 @@ inline Layout lay_out(const Tree& tree, Forest forest, Id sequences) {
 inline Layout plan_tree(const Sequences& sequences, int64_t capacity, const Costs& cost) {
   std::vector<Id> at(static_cast<size_t>(sequences.count));
   RadixTree prefixes(sequences);
-  for (Id i = 0; i < sequences.count; ++i) {
-    if (i + 2 < sequences.count) prefixes.prefetch(i + 2);
-    at[i] = prefixes.insert(i);
-  }
+  for (Id i = 0; i < sequences.count; ++i) at[i] = prefixes.insert(i);
   const Tree tree = share(prefixes.finish(at), cost);
   return lay_out(tree, place(tree, capacity), sequences.count);
 }

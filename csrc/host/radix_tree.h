@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -99,21 +98,6 @@ class RadixTree {
       }
     }
     return at;
-  }
-
-  // Brings in what insert(i) will compare with, before it is called: in shuffled batches most of
-  // the time goes to waiting for those runs. Follows the first tokens alone; a guess is enough.
-  void prefetch(Id i) {
-    const int64_t* own = s_.tokens + s_.offsets[i];
-    const int64_t limit = s_.shareable[i];
-    Id at = 0;
-    for (int64_t depth = 0; depth < limit; depth = nodes_[at].end) {
-      at = find(at, own[depth]).child;
-      if (at == 0) break;
-      const int64_t* run = nodes_[at].text;
-      const int64_t stop = std::min({nodes_[at].end, limit, depth + 256});
-      for (int64_t j = depth; j < stop; j += 8) __builtin_prefetch(run + j);  // 64 bytes
-    }
   }
 
   // The finished tree; at[i] = insert(i) of all sequences in order. What a sequence has beyond its
