@@ -67,7 +67,7 @@ inline std::vector<Id> preorder(const std::vector<Id>& parent, const std::vector
 class RadixTree {
  public:
   explicit RadixTree(const Sequences& sequences) : s_(sequences), slots_(1024) {
-    nodes_.push_back({0, kRoot, 0, 0});
+    nodes_.push_back({0, kRoot, nullptr, 0, 0});
   }
 
   // The node where the shareable prefix of sequence i ends.
@@ -78,24 +78,23 @@ class RadixTree {
     for (int64_t depth = 0; depth < limit;) {
       Slot& slot = find(at, own[depth]);
       if (slot.child == 0) {
-        at = add(slot, {i, at, depth, limit});
+        at = add(slot, {i, at, own, depth, limit});
         break;
       }
       const Id child = slot.child;
       const Node node = nodes_[child];
-      const int64_t* run = s_.tokens + s_.offsets[node.sequence];
       const int64_t stop = node.end < limit ? node.end : limit;
       // The hash table compared the first token.
-      depth = common(run, own, depth + 1, stop);
+      depth = common(node.text, own, depth + 1, stop);
       at = child;
       if (depth < node.end) {
         // The child keeps its id, so what points to its end stays right; the part above is new.
         at = static_cast<Id>(nodes_.size());
         slot.child = at;
-        nodes_.push_back({node.sequence, node.parent, node.begin, depth});
+        nodes_.push_back({node.sequence, node.parent, node.text, node.begin, depth});
         nodes_[child].parent = at;
         nodes_[child].begin = depth;
-        put(at, run[depth], child);
+        put(at, node.text[depth], child);
       }
     }
     return at;
@@ -109,7 +108,7 @@ class RadixTree {
     for (Id i = 0; i < s_.count; ++i) {
       if (s_.shareable[i] == s_.length(i)) continue;
       tree.last[i] = static_cast<Id>(nodes_.size());
-      nodes_.push_back({i, at[i], s_.shareable[i], s_.length(i)});
+      nodes_.push_back({i, at[i], nullptr, s_.shareable[i], s_.length(i)});
     }
     const size_t n = nodes_.size();
     std::vector<Id> parent(n), key(n);
@@ -138,6 +137,7 @@ class RadixTree {
  private:
   struct Node {
     Id sequence, parent;
+    const int64_t* text;  // of the sequence, so that a walk does not look it up
     int64_t begin, end;
   };
   struct Slot {
@@ -166,7 +166,7 @@ class RadixTree {
 
   Id add(Slot& slot, const Node& node) {
     const Id id = static_cast<Id>(nodes_.size());
-    const int64_t token = s_.tokens[s_.offsets[node.sequence] + node.begin];
+    const int64_t token = node.text[node.begin];
     nodes_.push_back(node);
     slot = {token, node.parent, id};
     grow();

@@ -328,9 +328,9 @@ def test_a_million_in_a_second(shuffled):
     case = groups(62_500, 16, shuffled=shuffled)
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # one thread: what else runs on the core is not the planner's
         layout = plan_tree(*case, 16_384)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 1.0
     assert layout.num_rows <= 1.02 * np.ceil(layout.num_tokens / 16_384)
 
