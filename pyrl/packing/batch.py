@@ -61,6 +61,9 @@ class PackedBatch:
     """`cu_seqlens` as int64 on the host."""
     sequence_ids: Tensor
     """int64 [S] on the host: the samples in packed order, row after row."""
+    sequence_segments: Tensor
+    """int64 [S] on the host, the segment that the sample ends with; its tokens are those of this
+    segment and of all above it."""
     prompt_lengths: Tensor
     """int64 [S] on the host."""
     completion_lengths: Tensor
@@ -154,6 +157,7 @@ class PackedBatch:
             **cut,
             cu_seqlens=self.cu_seqlens[first : last + 1] - int(bounds[0]),
             bounds=bounds - bounds[0],
+            sequence_segments=self.sequence_segments[first:last] - from_segment,
             segment_starts=starts - starts[0],
             segment_parents=torch.where(parents < 0, parents, parents - from_segment),
             rows=((0, last - first),),

@@ -221,6 +221,7 @@ def pack(
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         bounds=torch.from_numpy(bounds),
         sequence_ids=torch.from_numpy(order),
+        sequence_segments=torch.from_numpy(leaf),
         prompt_lengths=torch.from_numpy(prompt_sizes[order]),
         completion_lengths=torch.from_numpy(sizes[order]),
         segment_starts=torch.from_numpy(starts),

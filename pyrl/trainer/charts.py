@@ -70,6 +70,12 @@ CHARTS = (
     Chart("Log-probability", (("logprob_mean", "mean"),), "of the sampled tokens"),
     Chart("Learning rate", (("lr", "lr"),), "", zero=True),
     Chart("Speed", (("tokens_per_second", "tokens/s"),), "tokens a second", zero=True),
+    Chart(
+        "Tokens of the update",
+        (("tokens", "computed"), ("shared_tokens", "shared")),
+        "a step; shared: computed in a common prefix",
+        zero=True,
+    ),
     Chart("Peak memory", (("peak_rss_mib", "MiB"),), "resident, MiB", zero=True),
     Chart(
         "Engine against trainer",
@@ -80,7 +86,7 @@ CHARTS = (
 )
 #: Keys that other parts of the page show, or that say nothing as a curve.
 UNPLOTTED = {
-    "step", "reward_std", "zero_variance_groups", "groups", "tokens", "sampled_tokens", "seconds",
+    "step", "reward_std", "zero_variance_groups", "groups", "sampled_tokens", "seconds",
     "nan_rewards", "skipped_tokens", "heldout_mean", "heldout_low", "heldout_high",
 }  # fmt: skip
 

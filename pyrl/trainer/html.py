@@ -166,6 +166,20 @@ _INVISIBLE = frozenset({"Cc", "Cf", "Cs"})
 _KEPT = frozenset("\n\t\u200c\u200d")
 
 
+def config_lines(text: str) -> list[tuple[str, str, str]]:
+    """(kind, key, rest) of config.toml's lines, for colouring only."""
+    lines = []
+    for line in safe_text(text).rstrip("\n").split("\n") if text else []:
+        key, equals, rest = line.partition("=")
+        if line.startswith("["):
+            lines.append(("table", "", line))
+        elif line.lstrip().startswith("#") or not equals:
+            lines.append(("comment" if line.lstrip().startswith("#") else "plain", "", line))
+        else:
+            lines.append(("pair", key, equals + rest))
+    return lines
+
+
 def render_page(values: Mapping[str, Any]) -> str:
     """page/page.html with `values`, its style and script inlined.
 

@@ -83,6 +83,7 @@ def train_step(session: Session) -> None:
         mask_truncated=config.train.mask_truncated,
     )
     rows = [pack_rows(mini.samples, config.train, device) for mini in minis]
+    session.keep_packing(step, [row for part in rows for row in part])
 
     # Log-probs from before the first update. With a single update the policy is still the one that
     # sampled: the ratio is 1, with gradient, and its forward need not be computed twice.

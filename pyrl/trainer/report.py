@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrl.trainer import charts as charting
-from pyrl.trainer import html
+from pyrl.trainer import html, packing_view
 from pyrl.trainer.charts import CHARTS, UNPLOTTED, Chart, finite, label
 from pyrl.trainer.console import duration, number
 from pyrl.trainer.curves import write_curves
@@ -50,7 +50,11 @@ def write_report(run: str | os.PathLike[str] | RunFolder) -> Path:
     if record.metrics:
         charts, _ = charting.split_constant(_charts(record), record.metrics)
         write_curves(record.metrics, _marks(record), charts, folder.curves_path)
-    page = html.render_page(_page(record))
+    try:
+        packing = packing_view.views(record.packing)
+    except ValueError:
+        packing, record.unreadable[folder.packing_path.name] = [], [0]
+    page = html.render_page({**_page(record), "packing": packing})
     write_atomic(folder.report_path, page.encode("utf-8", "replace"))
     return folder.report_path
 
@@ -128,7 +132,7 @@ def _page(record: RunRecord) -> dict[str, Any]:
         ),
         "training_samples": _training_samples(record),
         "table": _table(metrics),
-        "config": _config_lines(record.config),
+        "config": html.config_lines(record.config),
         "provenance": _provenance(record),
         "model": safe_text(summary.get("model") or ""),
         "task": safe_text(summary.get("task") or ""),
@@ -363,20 +367,6 @@ def _table(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "stride": stride,
         "rows": [(f"{m['step']:,}", [number(m.get(k)) for k in keys]) for m in rows],
     }
-
-
-def _config_lines(text: str) -> list[tuple[str, str, str]]:
-    """(kind, key, rest) of config.toml's lines, for colouring only."""
-    lines = []
-    for line in safe_text(text).rstrip("\n").split("\n") if text else []:
-        key, equals, rest = line.partition("=")
-        if line.startswith("["):
-            lines.append(("table", "", line))
-        elif line.lstrip().startswith("#") or not equals:
-            lines.append(("comment" if line.lstrip().startswith("#") else "plain", "", line))
-        else:
-            lines.append(("pair", key, equals + rest))
-    return lines
 
 
 def _provenance(record: RunRecord) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pyrl.algorithms import Group
+from pyrl.packing import PackedBatch
 from pyrl.trainer.checkpoint import FORMAT, CheckpointError, Checkpoints, write_aside
 from pyrl.trainer.config import Config
 from pyrl.trainer.console import Console
@@ -19,6 +20,7 @@ from pyrl.trainer.evaluate import evaluate, sample_rows
 from pyrl.trainer.interrupt import StopRequest
 from pyrl.trainer.metrics import STEP_PHASES, Clock, peak_rss_mib
 from pyrl.trainer.optimizer import MasterAdamW
+from pyrl.trainer.packing_view import describe
 from pyrl.trainer.recipe import ConfigError
 from pyrl.trainer.report import write_report
 from pyrl.trainer.resume import Progress, recover, restore
@@ -122,6 +124,9 @@ class Session:
                 f"{config.rollout.n} completions x {config.rollout.max_new_tokens} tokens",
                 "loss": f"{config.loss.preset}: {spec.objective}, {spec.aggregation}"
                 + (f", {spec.kl} x {spec.kl_coef}" if spec.needs_ref else ""),
+                "packing": "off, a sample a row"
+                if config.train.packing == "off"
+                else f"{config.train.packing}, rows of {config.train.tokens_per_row:,} tokens",
                 "optimizer": f"AdamW, lr {config.optimizer.lr} {config.optimizer.schedule}",
                 "seed": config.train.seed,
                 "run": self.folder.path,
@@ -156,6 +161,11 @@ class Session:
             rows = sample_rows(found.groups, self.progress.step, label, len(found.groups))
             self.folder.append_samples(rows)
         return found.result
+
+    def keep_packing(self, step: int, rows: Sequence[PackedBatch]) -> None:
+        """packing.json, for the report: what packing made of the step's samples."""
+        if rows:
+            self.folder.write_packing({"step": step, **describe(rows)})
 
     def log(self, metrics: dict[str, Any], sampled: Sequence[Group], seconds: float) -> None:
         """A finished step: times, memory, periodic evaluation; then everywhere metrics go."""

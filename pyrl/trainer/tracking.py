@@ -3,7 +3,7 @@
     config.toml     the resolved recipe            checkpoints/   see checkpoint.py
     metrics.jsonl   one JSON object a step         model/         a plain Hugging Face folder
     samples.jsonl   one JSON object a completion   summary.json   the run in one object
-    report.html, curves.png                        see report.py
+    packing.json    the rows of two steps          report.html, curves.png   see report.py
 
 The files are the truth: everything else (console, report, sinks) can be rebuilt from them. A full
 disk costs no row of the two .jsonl files: what it refuses waits in memory (see backlog.py). Nothing
@@ -12,6 +12,7 @@ here imports torch, so that reading a run is quick.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -103,6 +104,22 @@ def _append(path: Path, lines: Sequence[bytes]) -> None:
             raise
 
 
+def _replace(path: Path, versions: list[bytes]) -> None:
+    """The newest of a file's `versions`, which alone is worth waiting for room."""
+    del versions[:-1]
+    write_atomic(path, versions[0])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file's one JSON object, {} without the file; ValueError if it holds something else."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
     """(line number, raw line, object or what is wrong with it) of every non-blank line."""
     if not path.exists():
@@ -146,6 +163,8 @@ class RunRecord:
     samples: list[dict[str, Any]]
     summary: dict[str, Any]
     """Empty while the run has not finished."""
+    packing: dict[str, Any]
+    """`first` and `latest`: the rows of these steps (see packing_view.py); empty when absent."""
     unreadable: dict[str, list[int]]
     """File name → numbers of the lines (0: the whole file) that are not JSON objects."""
 
@@ -164,6 +183,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
         self.summary_path = self.path / "summary.json"
+        self.packing_path = self.path / "packing.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.model_path = self.path / "model"
         self.report_path = self.path / "report.html"
@@ -172,6 +192,10 @@ class RunFolder:
             path: Backlog(path.name, functools.partial(_append, path), tell)
             for path in (self.metrics_path, self.samples_path)
         }
+        self._first_packing: Any = None
+        self._rows[self.packing_path] = Backlog(
+            self.packing_path.name, functools.partial(_replace, self.packing_path), tell
+        )
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -206,6 +230,19 @@ class RunFolder:
     def write_summary(self, values: Mapping[str, Any]) -> None:
         """summary.json, replaced as a whole."""
         write_atomic(self.summary_path, _encode(values, indent=2))
+
+    def write_packing(self, values: Mapping[str, Any]) -> None:
+        """packing.json, replaced as a whole: `values`, which have a `step`, as its `latest`; its
+        `first` stays if it is of an earlier step."""
+        if self._first_packing is None:
+            with contextlib.suppress(OSError, ValueError):  # unreadable: written anew
+                self._first_packing = _read_object(self.packing_path).get("first")
+        first = self._first_packing
+        step = first.get("step") if isinstance(first, dict) else None
+        if not isinstance(step, int) or step >= values["step"]:
+            self._first_packing = values
+        newest = _encode({"first": self._first_packing, "latest": values})
+        self._rows[self.packing_path].put([newest])
 
     def truncate_after(self, step: int) -> None:
         """Drops the metrics and samples of steps > `step`, so that a resumed run appends to them.
@@ -256,12 +293,12 @@ class RunFolder:
         metrics, bad_metrics = read_jsonl(self.metrics_path)
         samples, bad_samples = read_jsonl(self.samples_path)
         unreadable = {self.metrics_path.name: bad_metrics, self.samples_path.name: bad_samples}
-        summary: Any = {}
-        if self.summary_path.exists():
+        objects: dict[Path, dict[str, Any]] = {}
+        for path in (self.summary_path, self.packing_path):
             try:
-                summary = json.loads(self.summary_path.read_bytes())
+                objects[path] = _read_object(path)
             except ValueError:
-                unreadable[self.summary_path.name] = [0]
+                objects[path], unreadable[path.name] = {}, [0]
         config = ""
         if self.config_path.exists():
             config = self.config_path.read_text("utf-8", errors="replace")
@@ -271,7 +308,8 @@ class RunFolder:
             config=config,
             metrics=[by_step[step] for step in sorted(by_step)],
             samples=samples,
-            summary=summary if isinstance(summary, dict) else {},
+            summary=objects[self.summary_path],
+            packing=objects[self.packing_path],
             unreadable={name: lines for name, lines in unreadable.items() if lines},
         )
 

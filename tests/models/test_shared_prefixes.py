@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyrl import LossSpec, Sample, linear_policy_loss, pack
+from pyrl import LossSpec, PolicyLoss, Sample, linear_policy_loss, pack
 from pyrl.models import load_policy
 from pyrl.testing import tiny_model_folder
 
@@ -64,6 +64,10 @@ def samples(vocab=320, scale=1):
 
 
 def policy_loss(hidden, head, batch, spec, denominator):
+    if spec is None:  # in the model's dtype, float64 too: -sum of advantage * log-prob
+        logprob = (hidden @ head.weight.T).log_softmax(-1).gather(-1, batch.target[:, None])[:, 0]
+        loss = -(batch.advantages * logprob)[batch.loss_mask].sum() / denominator
+        return PolicyLoss(loss, {}, logprob)
     return linear_policy_loss(
         hidden, head.weight, batch.target, batch.advantages,
         dataclasses.replace(spec, softcap=head.softcap, logit_scale=head.logit_scale),
@@ -123,12 +127,13 @@ def denominator(spec, batch):
     return float(len(batch))
 
 
-def theirs_of(folder, batch, spec, dtype=torch.float32):
-    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype)
+def theirs_of(folder, batch, spec, attention="eager", dtype=torch.float32):
+    """`separate` by an attention of transformers' own."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
     plain.eval()
     head = load_policy(str(folder)).head()
     head = dataclasses.replace(head, weight=plain.get_output_embeddings().weight)
-    return separate(plain, head, batch, spec, denominator(spec, batch))
+    return separate(plain, head, batch, spec, denominator(spec or SPECS["dapo"], batch))
 
 
 @pytest.mark.parametrize("capacity", [30, 1000])
@@ -199,28 +204,40 @@ def test_old_code_cannot_ignore_sharing(folders):
 
 @pytest.mark.slow
 def test_smollm2():
-    """The real model: exact in float64, and in float32 as exact as one forward per sample."""
+    """The real model: exact in float64, and no further from it in float32 than separate samples."""
     from pyrl.models.smollm2 import smollm2_folder
 
-    folder, spec = smollm2_folder(), SPECS["dapo"]
-    batch = samples(vocab=49152, scale=2)
-    count = denominator(spec, batch)
-    together = pack(batch, 160, aligned=False)
+    folder, batch = smollm2_folder(), samples(vocab=49152, scale=2)
+    _, logprobs, _ = theirs_of(folder, batch, None)
+    split = logprobs.split([len(s.completion) for s in batch])
+    noise = torch.Generator().manual_seed(1)
+    near = lambda p: p + 0.1 * torch.randn(p.shape, generator=noise)  # noqa: E731
+    batch = [
+        dataclasses.replace(s, old_logprob=near(p), ref_logprob=near(p))
+        for s, p in zip(batch, split, strict=True)
+    ]
+    together = pack(batch, 90, aligned=False)
     assert len(together) > 1
     policy = load_policy(str(folder))
-    ours, theirs = packed(policy, together, spec, count), theirs_of(folder, batch, spec)
+    ours, theirs = {}, {}
+    for name, spec in {"dapo": SPECS["dapo"], "plain": None}.items():
+        count = denominator(SPECS["dapo"], batch)
+        ours[name] = loss, logprobs, _ = packed(policy, together, spec, count)
+        theirs[name] = their_loss, their_logprobs, _ = theirs_of(folder, batch, spec, "sdpa")
+        assert loss == pytest.approx(their_loss, rel=1e-5)
+        assert (logprobs - their_logprobs).norm() <= 1e-5 * their_logprobs.norm()
     policy.model.double()
-    exact = packed(policy, together, spec, count)
-    truth = theirs_of(folder, batch, spec, torch.float64)
-    assert exact[0] == pytest.approx(truth[0], rel=1e-6)  # the loss itself is in float32
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
-    assert (ours[1] - theirs[1]).norm() <= 1e-5 * theirs[1].norm()
-    for key, true in truth[2].items():
-        error = float((ours[2][key].double() - true).norm() / true.norm())
-        baseline = float((theirs[2][key].double() - true).norm() / true.norm())
-        print(
-            key,
-            error,
-            baseline,
-            float((ours[2][key] - theirs[2][key]).norm() / theirs[2][key].norm()),
-        )
+    truth = theirs_of(folder, batch, None, dtype=torch.float64)
+    assert_equal(packed(policy, together, None, count), truth, 1e-9)
+    # Thirty layers amplify the rounding of float32: single gradients are up to 4e-5 from float64
+    # either way, all together 1e-5.
+    shared, separate_ = (errors(found["plain"][2], truth[2]) for found in (ours, theirs))
+    print(f"gradients, relative error: shared {shared}, separate {separate_}")
+    assert shared[0] <= 1e-5 and shared[0] <= 1.1 * separate_[0] and shared[1] <= 1.1 * separate_[1]
+
+
+def errors(gradients, truth):
+    """Relative to float64: of all gradients together, of the worst single one."""
+    off = {k: gradients[k].double() - t for k, t in truth.items()}
+    whole, norm = (torch.cat([g.flatten() for g in x.values()]).norm() for x in (off, truth))
+    return float(whole / norm), max(float(off[k].norm() / t.norm()) for k, t in truth.items())

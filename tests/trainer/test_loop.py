@@ -46,6 +46,8 @@ def test_two_steps_end_to_end(make_config, tmp_path, console, monkeypatch):
         result = written[key]
         assert (result["prompts"], result["samples"]) == (4, 8)
         assert result["low"] <= result["mean"] <= result["high"]
+    packing = json.loads((tmp_path / "run/packing.json").read_text())
+    assert [packing[k]["tokens"] for k in ("first", "latest")] == [m["tokens"] for m in metrics]
     assert (tmp_path / "run/report.html").exists() and (tmp_path / "run/curves.png").exists()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,6 +1,6 @@
 "use strict";
-// The page is complete without this: it adds a shared cursor with values, sample filters, and a
-// light/dark switch.
+// The page is complete without this: it adds a shared cursor with values, sample filters, one
+// prompt's rows out of all, and a light/dark switch.
 function show(value) {
   if (value === null) return "–";
   const size = Math.abs(value);
@@ -55,6 +55,16 @@ for (const { plot, data } of charts) {
     point(data.first + share * (data.last - data.first));
   });
   plot.addEventListener("pointerleave", () => point(null));
+}
+
+for (const svg of document.querySelectorAll(".packing svg")) {
+  const pieces = [...svg.querySelectorAll("[data-group]")];
+  const show = (group) => {
+    svg.classList.toggle("one", group !== undefined);
+    for (const piece of pieces) piece.classList.toggle("on", piece.dataset.group === group);
+  };
+  svg.addEventListener("pointerover", (e) => show(e.target.closest("[data-group]")?.dataset.group));
+  svg.addEventListener("pointerleave", () => show(undefined));
 }
 
 const filter = document.querySelector(".filter");
