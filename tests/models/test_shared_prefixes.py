@@ -228,7 +228,8 @@ def test_smollm2():
         assert (logprobs - their_logprobs).norm() <= 1e-5 * their_logprobs.norm()
     policy.model.double()
     truth = theirs_of(folder, batch, None, dtype=torch.float64)
-    assert_equal(packed(policy, together, None, count), truth, 1e-9)
+    # Not smaller: transformers' norms and rotary angles are in float32 in every dtype.
+    assert_equal(packed(policy, together, None, count), truth, 1e-6)
     # Thirty layers amplify the rounding of float32: single gradients are up to 4e-5 from float64
     # either way, all together 1e-5.
     shared, separate_ = (errors(found["plain"][2], truth[2]) for found in (ours, theirs))
