@@ -5,9 +5,9 @@
 SmolLM2-135M, one micro-batch of 8 sequences x 256 tokens (64 of prompt): backbone, clip loss,
 backward, AdamW step. Each variant runs in a fresh process, one after the other; `peak` is the
 resident memory's high-water mark over one more step after the timed ones, the interpreter with
-torch and transformers included. `saved` is what the backbone keeps for its backward (parameters left out),
-`on the GPU` what of it would stay there with `offload_activations`; both are counted and
-the same on a device that runs the same ops. `a sampled token` is one decode step of 16 rows of
+torch and transformers included. `saved` is what the backbone keeps for its backward (parameters
+left out), `on the GPU` what of it would stay there with `offload_activations`; both are counted,
+and the same on a device that runs the same ops. `a sampled token` is one decode step of 16 rows of
 the transformers engine.
 """
 
