@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pyrl.models import load_policy
-from pyrl.trainer import loop, setup
+from pyrl.trainer import rows as micro_batches
+from pyrl.trainer import setup
 from pyrl.trainer.config import Config
 from pyrl.trainer.loop import train
 from pyrl.trainer.recipe import ConfigError, load
@@ -93,13 +94,13 @@ def test_the_engine_is_given_merged_weights(make_config, tmp_path, console, monk
 
 def test_the_frozen_head_costs_no_gradient(make_config, tmp_path, console, monkeypatch):
     seen = []
-    real = loop.linear_policy_loss
+    real = micro_batches.linear_policy_loss
 
     def watched(hidden, weight, *args, **kwargs):
         seen.append((hidden.requires_grad, weight.requires_grad))
         return real(hidden, weight, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "linear_policy_loss", watched)
+    monkeypatch.setattr(micro_batches, "linear_policy_loss", watched)
     train(make_config(**LORA, train__steps=1), tmp_path / "run", console=console)
     assert set(seen) == {(True, False)}
 
