@@ -5,7 +5,7 @@
 #include <numeric>
 #include <vector>
 
-#include "best_fit.h"
+#include "fill.h"
 #include "radix_tree.h"
 #include "sharing.h"
 
@@ -27,8 +27,8 @@ struct Forest {
 // A node whose subtree fits in a row below its prefix stays whole. Of a larger one, the children
 // (in parts, where they are too large themselves) are put by best-fit decreasing into parts that
 // leave room for the node's own prefix, which every part repeats. The root is such a node, with an
-// empty prefix: its parts are the rows. Two parts of a node never share a row, since best fit
-// leaves no two parts that fit in one.
+// empty prefix: its parts are the rows, and as few as two ways of packing find. Two parts of a node
+// never share a row, since best fit leaves no two parts that fit in one.
 inline Forest place(const Tree& tree, int64_t capacity) {
   const Id n = static_cast<Id>(tree.parent.size());
   std::vector<int64_t> size(static_cast<size_t>(n), 0);
@@ -65,7 +65,8 @@ inline Forest place(const Tree& tree, int64_t capacity) {
     }
     const Id count = static_cast<Id>(pieces.size());
     bins.resize(pieces.size());
-    best_fit(lengths.data(), count, capacity - tree.end[v], bins.data());
+    const auto pack = v == 0 ? few_bins : best_fit;
+    pack(lengths.data(), count, capacity - tree.end[v], bins.data());
     const Id first = static_cast<Id>(forest.parent.size());
     filled.assign(count ? *std::max_element(bins.begin(), bins.end()) + 1 : 0, 0);
     for (Id j = 0; j < count; ++j) {

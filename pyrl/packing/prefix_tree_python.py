@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pyrl.packing.fill_python import few_bins_python
 from pyrl.packing.planner import best_fit_python
 
 Int64 = NDArray[np.int64]
@@ -242,7 +243,8 @@ def _place(tree: _Tree, capacity: int) -> tuple[list[int], list[int], list[int]]
             continue
         rising = pieces.pop(v, [])[::-1]
         lengths = np.array([size[piece] for piece in rising], dtype=np.int64)
-        bins = best_fit_python(lengths, capacity - tree.end[v]).tolist()
+        pack = few_bins_python if v == 0 else best_fit_python
+        bins = pack(lengths, capacity - tree.end[v]).tolist()
         first = first_part[v] = len(parent)
         filled = [0] * (max(bins, default=-1) + 1)
         for piece, number in zip(rising, bins, strict=True):
