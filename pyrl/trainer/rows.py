@@ -14,8 +14,8 @@ from pyrl.ops.spec import LossSpec
 from pyrl.packing import PackedBatch, Sample, pack
 from pyrl.trainer.config import TrainSection
 
-#: Tokens' worth of time that one more run of tokens costs in attention's loop over them (measured:
-#: docs/packing.md). Prefixes that save less are computed again.
+#: Tokens' worth of time that one more segment costs in attention (docs/packing.md: about 1.6 on a
+#: CPU). Prefixes that save less are computed again.
 SEGMENT_COST = 2.0
 
 
