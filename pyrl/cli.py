@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import time
@@ -25,6 +26,9 @@ INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 (it failed), 2 (bad input), 130 (Ctrl-C)."""
+    # transformers imports torchao where it is installed, which warns of GPU kernels on a CPU.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     argv, options = _prepared(sys.argv[1:] if argv is None else argv)
     args, rest = _parser().parse_known_args(argv)
     for key, value in options.items():

@@ -1,4 +1,4 @@
-"""What README.md and docs/drop-in.md show runs as it is written."""
+"""What README.md and the docs show runs as it is written."""
 
 import re
 import shlex
@@ -46,6 +46,15 @@ def test_the_drop_in_step_trains():
     shown = {}
     exec(compile(code, "drop-in.md", "exec"), shown)
     assert shown["out"].metrics["tokens"] == 4 * 7
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in shown["model"].parameters())
+
+
+def test_shared_prefixes_train_as_shown():
+    (code,) = blocks("python", "docs/packing.md")
+    shown = {}
+    exec(compile(code, "packing.md", "exec"), shown)
+    assert shown["row"].num_tokens == 4 + 3 * 4  # the prompt's last token once a sample
+    assert shown["out"].metrics["tokens"] == 9 and [len(x) for x in shown["logprobs"]] == [3, 3, 3]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in shown["model"].parameters())
 
 
