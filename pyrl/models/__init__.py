@@ -2,12 +2,14 @@
 
 from pyrl.models.lora import Adapters
 from pyrl.models.policy import Head, Policy, load_policy, model_folder
+from pyrl.models.probe import check_model
 from pyrl.models.smollm2 import pyrl_cache_dir, smollm2_folder
 
 __all__ = [
     "Adapters",
     "Head",
     "Policy",
+    "check_model",
     "load_policy",
     "model_folder",
     "pyrl_cache_dir",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,23 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 def _error(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError unless a transformers causal language model can be trained on packed rows.
+
+    For models loaded with `attn_implementation="pyrl_tree"` or "pyrl_varlen" and not by
+    `load_policy`, which asks the same: layers that carry a state along the row are found by what
+    they compute, whatever they are called. The mode of the model (train, eval) is left as it is.
+    """
+    from pyrl.models.policy import Policy
+
+    training = model.training
+    model.eval()
+    try:
+        check_policy(Policy(model, None), type(model).__name__)
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from pyrl.models import Adapters, Policy, load_policy
+from pyrl.models.probe import check_policy
 from pyrl.ops.backend import select
 from pyrl.ops.spec import LossSpec
 from pyrl.rollout import Canary, Rollout, SamplingParams, check_options, make_rollout
@@ -154,6 +155,9 @@ def _load(config: Config, device: torch.device) -> Policy:
         adapters=adapters,
     )
     policy.model.to(device)
+    if device.type != "cpu" and policy.max_length >= 300:
+        # Other kernels than those that `load_policy` asked on the CPU; several blocks of 128.
+        check_policy(policy, name, (100, 200))
     return policy
 
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from pyrl import LossSpec, PolicyLoss, Sample, linear_policy_loss, pack
-from pyrl.models import load_policy
+from pyrl.models import check_model, load_policy
 from pyrl.testing import tiny_model_folder
 
 ARCHITECTURES = {
@@ -200,6 +200,26 @@ def test_old_code_cannot_ignore_sharing(folders):
         flat = other.hidden(plain.tokens, plain.positions, plain.plan)
         ours = policy.hidden(plain.tokens, plain.positions, plain.plan)
         assert (flat - ours).norm() <= 1e-5 * ours.norm()
+
+
+def test_a_plain_model_can_be_checked(folders):
+    """Layers that carry a state along the row are found, though the attention is ours."""
+    for name in ("llama", "gemma3_text"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folders(name), attn_implementation="pyrl_tree"
+        ).train()
+        check_model(model)
+        assert model.training
+    config = Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, linear_num_value_heads=2, num_experts=2,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    state = AutoModelForCausalLM.from_config(config, attn_implementation="pyrl_tree")
+    with pytest.raises(ValueError, match="does not keep packed sequences apart"):
+        check_model(state)
 
 
 @pytest.mark.slow

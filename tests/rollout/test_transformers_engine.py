@@ -149,7 +149,7 @@ def test_a_failing_worker_fails_the_call(tiny_policy):
     engine = make_rollout(policy=tiny_policy(), workers=2)
     with pytest.raises(IndexError):
         engine.generate([*ragged((4, 5)), [100_000]], SamplingParams(n=2), seed=0)
-    assert engine.policy.model.config._attn_implementation == "pyrl_varlen"
+    assert engine.policy.model.config._attn_implementation == "pyrl_tree"
 
 
 def test_stop_tokens_end_a_completion_and_are_part_of_it(tiny_policy):
@@ -201,7 +201,7 @@ def test_the_trainers_attention_and_modes_are_untouched(tiny_policy):
     engine.generate(ragged((3,)), SamplingParams(max_new_tokens=3), seed=0)
     with pytest.raises(ValueError, match=r"prompts\[0\] is empty"):
         engine.generate([[]], SamplingParams(), seed=0)
-    assert model.config._attn_implementation == before == "pyrl_varlen"
+    assert model.config._attn_implementation == before == "pyrl_tree"
     assert [m.training for m in model.modules()] == modes
     assert torch.is_grad_enabled()
     tokens = torch.tensor(ragged((6,))[0])
@@ -215,7 +215,7 @@ def test_an_error_inside_a_forward_restores_the_attention(tiny_policy, monkeypat
     monkeypatch.setattr(E, "sample", lambda *a: (_ for _ in ()).throw(RuntimeError("boom")))
     with pytest.raises(RuntimeError, match="boom"):
         make_rollout(policy=policy).generate(ragged((3,)), SamplingParams(), seed=0)
-    assert policy.model.config._attn_implementation == "pyrl_varlen"
+    assert policy.model.config._attn_implementation == "pyrl_tree"
 
 
 def test_prompts_and_context(tiny_policy):

@@ -101,10 +101,26 @@ def test_preflight_is_the_largest_row_and_leaves_no_trace(
     )
     train(config, tmp_path / "checked", console=console)
     train(plain, tmp_path / "plain", console=console)
-    assert max(seen) > 100 - config.rollout.max_new_tokens
+    assert seen.count(100) == 1 and max(seen) == 100
     checked, unchecked = (rows(tmp_path / name, "metrics.jsonl") for name in ("checked", "plain"))
     for a, b in zip(checked, unchecked, strict=True):
         assert all(a[key] == b[key] for key in a if key not in MEASURED)
+
+
+@pytest.mark.parametrize("packing", ["shared", "plain", "off"])
+@pytest.mark.parametrize(("budget", "longest"), [(512, 256), (200, 100), (7, 3), (1, 5), (9, 1)])
+def test_preflight_fills_the_budget(make_config, packing, budget, longest):
+    config = make_config(
+        train__packing=packing, train__tokens_per_row=budget, rollout__max_new_tokens=longest
+    )
+    row = preflight._largest_row(config, vocab=320)
+    if packing == "off":
+        assert row.num_sequences == 1 and row.num_tokens == min(longest + 1, max(budget, 2))
+    else:
+        assert row.num_tokens == max(budget, 2)
+        prompts = 1 if packing == "shared" else row.num_sequences
+        assert int(row.loss_mask.sum()) == row.num_tokens - prompts
+        assert row.plan.is_flat == (packing == "plain" or row.num_sequences == 1)
 
 
 def test_preflight_names_the_setting(make_config, tmp_path, console, monkeypatch):
