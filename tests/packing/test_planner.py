@@ -1,6 +1,3 @@
-import importlib.util
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,18 +37,6 @@ def test_close_to_the_lower_bound(low, high, capacity):
     rows = best_fit(lengths, capacity).max() + 1
     assert rows <= 1.01 * np.ceil(lengths.sum() / capacity)
     assert np.bincount(best_fit(lengths, capacity), lengths).max() <= capacity
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("pyrl._host") is None, reason="pyrl._host not built")
-def test_a_million_in_a_second():
-    lengths = np.random.default_rng(0).integers(1, 2048, 1_000_000)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        best_fit(lengths, 2048)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.0
 
 
 @pytest.mark.parametrize("bad", [-1, 11])
