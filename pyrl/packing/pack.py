@@ -70,6 +70,7 @@ class _Columns:
     """[M] each, NaN where missing; None for a field that no sample has"""
 
 
+@np.errstate(over="ignore")  # what is infinite in float32 is refused, or a log-prob of -inf
 def _columns(samples: list[Sample], capacity: int) -> _Columns:
     """The fields of all samples, or the ValueError that `pack` promises."""
     prompts = [_ids(s.prompt, "prompt", i) for i, s in enumerate(samples)]
@@ -156,16 +157,15 @@ def _float32(array: NDArray[Any], name: str, i: int) -> NDArray[np.float32]:
             # Infinity and NaN are floats; float() of a larger integer raises.
             if x is not None and (not _real(x) or sys.float_info.max < abs(x) < math.inf):
                 raise ValueError(f"sample {i}: {name}[{at}]={x!r}, expected a number")
-    with np.errstate(over="ignore"):
-        return array.astype(np.float32, copy=False)
+    return array.astype(np.float32, copy=False)
 
 
 def _number(value: Any, name: str, i: int) -> np.float32:
     array = _array(value, name, i)
     if array.ndim or array.dtype.kind not in "biuf":
         raise ValueError(f"sample {i}: {name}={value!r}, expected a finite number")
-    number = np.float32(_float32(array, name, i)[()])
-    if not np.isfinite(number):
+    number = np.float32(array[()])
+    if not math.isfinite(number):
         raise ValueError(f"sample {i}: {name}={value}, not finite in float32")
     return number
 
@@ -185,7 +185,8 @@ def _mask(value: Any, i: int, length: int) -> NDArray[np.bool_]:
     if value is None:
         return np.ones(length, dtype=bool)
     array = _per_token(value, "mask", i, length)
-    if array.dtype.kind not in "biu" or ((array != 0) & (array != 1)).any():
+    kind = array.dtype.kind
+    if kind not in "biu" or (kind != "b" and ((array != 0) & (array != 1)).any()):
         for at, x in enumerate(_elements(value, array)):
             if not (isinstance(x, bool | np.bool_ | int | np.integer) and x in (0, 1)):
                 raise ValueError(f"sample {i}: mask[{at}]={x!r}, expected True, False, 1 or 0")
@@ -203,8 +204,8 @@ def _logprobs(samples: list[Sample], name: str, sizes: list[int]) -> NDArray[np.
             parts.append(np.full(length, np.nan, dtype=np.float32))
             continue
         array = _float32(_per_token(value, name, i, length), name, i)
-        if np.isposinf(array).any():
-            at = int(np.isposinf(array).argmax())
+        if (infinite := array == np.inf).any():
+            at = int(infinite.argmax())
             raise ValueError(f"sample {i}: {name}[{at}]=inf in float32, expected a log-prob")
         parts.append(array)
     return np.concatenate(parts)
