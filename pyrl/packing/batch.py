@@ -122,10 +122,18 @@ class PackedBatch:
         }
 
     def at_targets(self, hidden: Tensor) -> Tensor:
-        """hidden [T, ...] of one row -> hidden[hidden_index] [R, ...]; aligned, hidden itself."""
+        """hidden [T, ...] of one row -> hidden[hidden_index] [R, ...]; aligned, hidden itself.
+
+        Raises ValueError for another T, or for several rows that are not aligned: `hidden_index`
+        counts in each row, so take `row(i)`.
+        """
         if hidden.shape[:1] != self.tokens.shape:
             raise ValueError(f"hidden of shape {list(hidden.shape)}: expected [{self.num_tokens}]")
-        return hidden if self.hidden_index is None else hidden.index_select(0, self.hidden_index)
+        if self.hidden_index is None:
+            return hidden
+        if len(self) > 1:
+            raise ValueError(f"hidden states of {len(self)} rows: take one of `row(i)`")
+        return hidden.index_select(0, self.hidden_index)
 
     def __len__(self) -> int:
         return len(self.rows)
