@@ -328,3 +328,66 @@ def test_a_million(shuffled):
     case = groups(62_500, 16, shuffled=shuffled)
     layout = plan_tree(*case, 16_384)
     assert layout.num_rows <= 1.01 * np.ceil(layout.num_tokens / 16_384)
+
+
+@pytest.mark.parametrize("costs", [{}, {"segment_cost": 20.0, "area_cost": 0.01}])
+def test_order_of_samples_costs_nothing(costs):
+    case = groups(300, 8, shuffled=False)
+    tokens, offsets, shareable = case
+    order = np.random.default_rng(1).permutation(shareable.size)
+    texts = [tokens[offsets[i] : offsets[i + 1]] for i in order]
+    shuffled = (
+        np.concatenate(texts),
+        np.cumsum([0, *map(len, texts)], dtype=np.int64),
+        shareable[order],
+    )
+    plain, mixed = (plan_tree(*c, 100_000, **costs) for c in (case, shuffled))
+    assert plain.num_tokens == mixed.num_tokens
+
+
+GOOD = {
+    "tokens": np.arange(6),
+    "offsets": np.array([0, 2, 6]),
+    "shareable": np.array([2, 3]),
+    "capacity": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.arange(6.0)}, "tokens: expected int64.*float64"),
+        ({"tokens": np.zeros((2, 3), np.int64)}, r"tokens: expected int64.*\(2, 3\)"),
+        ({"shareable": [2, 3]}, r"shareable: expected int64.*\[2, 3\]"),
+        ({"offsets": np.array([0, 6])}, "offsets has 2 entries: expected 3"),
+        ({"offsets": np.array([1, 2, 6])}, r"offsets\[0\]=1: expected 0"),
+        ({"offsets": np.array([0, 2, 5])}, r"offsets\[2\]=5: expected 6"),
+        ({"offsets": np.array([0, 6, 6])}, r"offsets\[0:2\]=\[0, 6\].*capacity=4\], got 6"),
+        ({"offsets": np.array([0, 0, 6])}, r"offsets\[0:2\]=\[0, 0\].*got 0"),
+        ({"offsets": np.array([0, 7, 6])}, r"offsets\[0:2\]=\[0, 7\].*got 7"),
+        ({"shareable": np.array([2, 5])}, r"shareable\[1\]=5: expected 0 to.*4"),
+        ({"shareable": np.array([-1, 4])}, r"shareable\[0\]=-1"),
+        ({"capacity": 0}, "capacity=0"),
+        ({"capacity": 3}, r"offsets\[1:3\]=\[2, 6\].*capacity=3"),
+        ({"capacity": 4.5}, "capacity=4.5"),
+        ({"segment_cost": -1.0}, "segment_cost=-1.0"),
+        ({"area_cost": float("nan")}, "area_cost=nan"),
+        ({"area_cost": float("inf")}, "area_cost=inf"),
+    ],
+)
+def test_names_what_is_wrong(change, message):
+    plan_tree(**GOOD)
+    with pytest.raises(ValueError, match=message):
+        plan_tree(**{**GOOD, **change})
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    "change", [{"offsets": [0, 7, 6]}, {"offsets": [0, 2, 9]}, {"shareable": [2, 9]}]
+)
+def test_the_native_planner_reads_nothing_else(change):
+    from pyrl import _host
+
+    case = {**GOOD, **{k: np.array(v) for k, v in change.items()}}
+    with pytest.raises(ValueError, match=r"offsets|sequence"):
+        _host.plan_tree(**case, segment_cost=0.0, area_cost=0.0)
