@@ -221,10 +221,10 @@ def _check_capacity(capacity: Any) -> int:
     raise ValueError(f"capacity={capacity!r}: expected a whole number of tokens >= 1 and < 2^63")
 
 
-def _check_cost(cost: Any) -> float:
+def _check_cost(name: str, cost: Any) -> float:
     if _real(cost) and 0 <= cost <= sys.float_info.max:
         return float(cost)
-    raise ValueError(f"segment_cost={cost!r}: expected a finite number >= 0")
+    raise ValueError(f"{name}={cost!r}: expected a finite number >= 0")
 
 
 def pack(
@@ -234,12 +234,13 @@ def pack(
     share_prefix: bool = True,
     aligned: bool = True,
     segment_cost: float = 0.0,
+    area_cost: float = 0.0,
 ) -> PackedBatch:
     """Lay S samples out in rows of at most `capacity` computed tokens, equal prefixes once a row.
 
     Samples of a row form a tree: what several begin with is computed once, and each goes on from
     there. A row holds the whole of every sample in it; a prompt whose samples need several rows is
-    computed in each. Fewest tokens first, then fewest rows (best-fit decreasing); deterministic.
+    computed in each. Fewest tokens come before fewest rows; deterministic.
     No samples give an empty batch.
 
     `aligned`: the hidden state at token t predicts `target[t]`, as a loss over [T] wants it. Then
@@ -248,17 +249,21 @@ def pack(
     predicts each target: all equal prefixes are shared, common beginnings of completions and
     identical samples too, at full length.
 
-    `share_prefix=False` computes every sample on its own, prompt then completion. `segment_cost`:
-    the tokens' worth of time that a further run of tokens costs; a prefix that saves less is not
-    shared.
+    `share_prefix=False` computes every sample on its own, prompt then completion. What else takes
+    time, in computed tokens: `segment_cost` a further segment, `area_cost` an attended (query, key)
+    pair; a prefix is shared where that lowers the total.
 
     Raises ValueError naming the sample, the field and the value: a capacity that is no whole number
-    of tokens in [1, 2^63), a `segment_cost` that is no finite number >= 0; a sample longer than
+    of tokens in [1, 2^63), a cost that is no finite number >= 0; a sample longer than
     `capacity`, an empty prompt, a token id outside [0, 2^63), a per-token field of another length
     than the completion, a mask of other values than True, False, 1 and 0, a log-prob of +inf, an
     advantage or weight that is not finite; all but token ids in float32.
     """
-    capacity, segment_cost = _check_capacity(capacity), _check_cost(segment_cost)
+    capacity = _check_capacity(capacity)
+    costs = {
+        "segment_cost": _check_cost("segment_cost", segment_cost),
+        "area_cost": _check_cost("area_cost", area_cost),
+    }
     columns = _columns(list(samples), capacity)
 
     # Where every token lies.
@@ -267,9 +272,7 @@ def pack(
     if offsets[-1] >= 2**31:
         raise ValueError(f"{offsets[-1]} tokens in one batch: cu_seqlens counts below 2^31")
     shareable = prompt_sizes - 1 if aligned else prompt_sizes + sizes
-    layout = plan_tree(
-        ids, offsets, shareable * bool(share_prefix), capacity, segment_cost=segment_cost
-    )
+    layout = plan_tree(ids, offsets, shareable * bool(share_prefix), capacity, **costs)
     lengths = layout.end - layout.begin
     starts = _edges(lengths)
     tokens = ids[_ranges(offsets[layout.sequence] + layout.begin, lengths)]

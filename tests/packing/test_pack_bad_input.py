@@ -183,6 +183,8 @@ def test_whole_capacities(capacity):
 def test_segment_costs(cost):
     with pytest.raises(ValueError, match=r"segment_cost=.*: expected a finite number >= 0"):
         pack([GOOD], 16, segment_cost=cost)
+    with pytest.raises(ValueError, match=r"area_cost=.*: expected a finite number >= 0"):
+        pack([GOOD], 16, area_cost=cost)
 
 
 def test_samples_of_any_iterable():

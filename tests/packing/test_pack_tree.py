@@ -142,6 +142,15 @@ def test_identical_samples_are_computed_once_and_learned_twice():
     assert batch.advantages.tolist() == [1, 1, -2, -2]
 
 
+def test_a_prefix_that_saves_too_little_is_computed_again():
+    samples = [Sample([5, 6], [7, i]) for i in range(2)]
+    # Shared: 3 + 2 tokens in 3 segments; alone: 8 tokens in 2.
+    for cost, tokens in ((2.9, 5), (3.1, 8)):
+        assert pack(samples, 99, aligned=False, segment_cost=cost).num_tokens == tokens
+    # The shared 3 tokens attend 6 pairs, which are computed twice otherwise.
+    assert pack(samples, 99, aligned=False, segment_cost=3.1, area_cost=0.1).num_tokens == 5
+
+
 def clue_batch(generator, prompts=1):
     """50 completions a prompt, as in Temporal Clue: P = 1220, C = 1000."""
     out = []
