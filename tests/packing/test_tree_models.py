@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pyrl.packing.attention import no_mask
 from pyrl.packing.tree_attention import TREE_ATTENTION_NAME, TreePlan
+from pyrl.parity import MARGIN
 from pyrl.testing import tiny_config
 
 WINDOW = {"sliding_window": 6}
@@ -177,3 +178,68 @@ def test_packed_positions_without_a_plan_are_refused():
     model = model_of("llama", TREE_ATTENTION_NAME)
     with pytest.raises(ValueError, match="without boundaries"):
         model(tokens()[None], position_ids=PLAN.positions[None], use_cache=False)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text"])
+def test_autocast_over_float32_weights(name, shared):
+    """RoPE leaves q and k in float32 and v in bfloat16: no less exact than paths alone."""
+    ids, results = tokens(), {}
+    weights = directions(32)
+    for how in ("exact", "alone", "ours"):
+        model = model_of(name, TREE_ATTENTION_NAME if how == "ours" else "sdpa")
+        if how == "exact":  # eager: transformers' sdpa has no softcap, gemma2's
+            model = model_of(name, "eager").double()
+        elif name == "gemma2" and how == "alone":
+            model = model_of(name, "eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=how != "exact"):
+            if how != "ours":
+                rows, copies = separate_hidden(model, ids)
+            elif shared:
+                rows = shared_hidden(model, ids)
+                copies = [(path, rows[path]) for path in paths()]
+            else:
+                flat = list(paths())
+                ends = torch.tensor([0, *itertools.accumulate(map(len, flat))], dtype=torch.int32)
+                hidden = model.base_model(
+                    ids[None, sum(flat, [])],
+                    position_ids=torch.cat([torch.arange(len(path)) for path in flat])[None],
+                    cu_seq_lens_q=ends, attention_mask=no_mask(ids.device), use_cache=False,
+                ).last_hidden_state[0]  # fmt: skip
+                copies = list(zip(flat, hidden.split([len(path) for path in flat]), strict=True))
+                rows = torch.cat([part for _, part in copies])
+        loss = sum((h * w[path]).sum() for (path, h), w in zip(copies, weights, strict=True))
+        grads = gradients(loss, model)
+        hidden = torch.cat([h.detach().flatten() for _, h in copies])
+        results[how] = hidden, torch.cat([grads[k].flatten() for k in sorted(grads)])
+    for ours, alone, exact in zip(results["ours"], results["alone"], results["exact"], strict=True):
+        assert relative(ours, exact) <= relative(alone, exact) + MARGIN[torch.bfloat16]
+
+
+def test_position_ids_must_be_the_plans():
+    model, ids = model_of("llama", TREE_ATTENTION_NAME), tokens()
+
+    def call(**given):
+        return model.base_model(
+            ids[None], attention_mask=no_mask(ids.device), tree_plan=PLAN, use_cache=False, **given
+        )
+
+    at = int((PLAN.positions != torch.arange(PLAN.num_tokens)).nonzero()[0])
+    message = rf"position_ids\[{at}\]={at}: expected {int(PLAN.positions[at])}, .*tree_plan"
+    call(position_ids=PLAN.positions[None])
+    with pytest.raises(ValueError, match=message):  # transformers counts along the row
+        call()
+    wrong = PLAN.positions.clone()
+    wrong[-1] += 2
+    with pytest.raises(ValueError, match=rf"position_ids\[{PLAN.num_tokens - 1}\]=6: expected 4"):
+        call(position_ids=wrong[None])
+
+
+def test_positions_are_compared_once_a_call(monkeypatch):
+    calls, real = [], torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: calls.append(1) or real(x))
+    model, ids, positions = model_of("llama", TREE_ATTENTION_NAME), tokens(), PLAN.positions[None]
+    given = {"tree_plan": PLAN, "attention_mask": no_mask(ids.device), "use_cache": False}
+    for _ in range(2):
+        model.base_model(ids[None], position_ids=positions, **given)
+    assert len(model.model.layers) == 2 and len(calls) == 1
