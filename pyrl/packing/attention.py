@@ -90,7 +90,9 @@ def check_options(
     except TypeError:
         fits = False
     if not fits or isinstance(sliding_window, bool):
-        raise ValueError(f"sliding_window={sliding_window!r}: expected a whole number >= 1, or None")
+        raise ValueError(
+            f"sliding_window={sliding_window!r}: expected a whole number >= 1, or None"
+        )
 
 
 def as_autocast(*tensors: Tensor) -> tuple[tuple[Tensor, ...], contextlib.AbstractContextManager]:

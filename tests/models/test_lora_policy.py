@@ -293,7 +293,9 @@ def test_what_does_not_fit_is_refused_by_name(folders, name):
 
 
 def test_targets_may_be_a_name_or_a_list(folders):
-    assert Adapters(targets="q_proj") == Adapters(targets=["q_proj"]) == Adapters(targets=("q_proj",))
+    assert (
+        Adapters(targets="q_proj") == Adapters(targets=["q_proj"]) == Adapters(targets=("q_proj",))
+    )
     assert len(adapted_layers(load(folders(), targets="q_proj").model)) == 2
     assert len(adapted_layers(load(folders(), targets=["all-linear"], rank=32).model)) == 14
 

@@ -353,5 +353,7 @@ def test_loading_is_quiet(folders, capfd):
 
 @pytest.mark.parametrize("attention", [None, "foo"])
 def test_an_unknown_attention_is_refused(folders, attention):
-    with pytest.raises(ValueError, match=rf"attention={attention!r}: expected one of \['pyrl_tree'"):
+    with pytest.raises(
+        ValueError, match=rf"attention={attention!r}: expected one of \['pyrl_tree'"
+    ):
         load_policy(folders("llama"), attention=attention)

@@ -327,7 +327,7 @@ def test_the_transformers_protocol():
         mask = nothing if "cu_seq_lens_q" in given_ else None
         ours, _ = pyrl_tree_forward(Layer(), q, k, v, mask, scaling=0.3, **given_)
         assert ours.equal(pyrl_varlen_forward(Layer(), q, k, v, mask, scaling=0.3, **given_)[0])
-    with pytest.raises(ValueError, match="packed positions without boundaries.*drops keyword arg"):
+    with pytest.raises(ValueError, match=r"packed positions without boundaries.*drops keyword arg"):
         pyrl_tree_forward(Layer(), q, k, v, nothing)
 
 
@@ -362,3 +362,19 @@ def test_two_masks_are_refused():
     with pytest.raises(ValueError, match=r"attention_mask of shape \[1, 1, 28, 28\] beside"):
         mask = torch.ones(1, 1, 28, 28, dtype=torch.bool)
         pyrl_tree_forward(Layer(), q, k, v, mask, tree_plan=plan)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"softcap": 2.0}])
+@pytest.mark.parametrize("boundaries", ["tree", "varlen"])
+def test_autocast_casts_the_inputs_and_nothing_else(boundaries, options):
+    plan = plan_of(*THREE)
+    (q, k, v), grad = inputs(plan, dtype=torch.float32)
+    given_ = {"tree_plan": plan} if boundaries == "tree" else {"varlen_plan": plan.varlen}
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    expected, _ = pyrl_tree_forward(Layer(), *half, None, **given_, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = pyrl_tree_forward(Layer(), q, k, v.bfloat16(), None, **given_, **options)
+    assert out.dtype == torch.bfloat16 and out.equal(expected)
+    grads = [torch.autograd.grad(*x) for x in ((out, (q, k, v), grad.bfloat16()),
+                                               (expected, half, grad.bfloat16()))]  # fmt: skip
+    assert all(a.dtype == torch.float32 and a.equal(b.float()) for a, b in zip(*grads, strict=True))

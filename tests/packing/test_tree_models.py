@@ -180,40 +180,49 @@ def test_packed_positions_without_a_plan_are_refused():
         model(tokens()[None], position_ids=PLAN.positions[None], use_cache=False)
 
 
-@pytest.mark.parametrize("shared", [True, False])
+def packed_hidden(model, ids):
+    """Every path whole, in one row with boundaries: (path, its [n, D])."""
+    flat = list(paths())
+    lengths = [len(path) for path in flat]
+    hidden = model.base_model(
+        ids[None, list(itertools.chain(*flat))],
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        cu_seq_lens_q=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        attention_mask=no_mask(ids.device), use_cache=False,
+    ).last_hidden_state[0]  # fmt: skip
+    return list(zip(flat, hidden.split(lengths), strict=True))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text"])
-def test_autocast_over_float32_weights(name, shared):
-    """RoPE leaves q and k in float32 and v in bfloat16: no less exact than paths alone."""
-    ids, results = tokens(), {}
-    weights = directions(32)
-    for how in ("exact", "alone", "ours"):
-        model = model_of(name, TREE_ATTENTION_NAME if how == "ours" else "sdpa")
-        if how == "exact":  # eager: transformers' sdpa has no softcap, gemma2's
-            model = model_of(name, "eager").double()
-        elif name == "gemma2" and how == "alone":
-            model = model_of(name, "eager")
-        with torch.autocast("cpu", torch.bfloat16, enabled=how != "exact"):
-            if how != "ours":
-                rows, copies = separate_hidden(model, ids)
-            elif shared:
-                rows = shared_hidden(model, ids)
-                copies = [(path, rows[path]) for path in paths()]
-            else:
-                flat = list(paths())
-                ends = torch.tensor([0, *itertools.accumulate(map(len, flat))], dtype=torch.int32)
-                hidden = model.base_model(
-                    ids[None, sum(flat, [])],
-                    position_ids=torch.cat([torch.arange(len(path)) for path in flat])[None],
-                    cu_seq_lens_q=ends, attention_mask=no_mask(ids.device), use_cache=False,
-                ).last_hidden_state[0]  # fmt: skip
-                copies = list(zip(flat, hidden.split([len(path) for path in flat]), strict=True))
-                rows = torch.cat([part for _, part in copies])
-        loss = sum((h * w[path]).sum() for (path, h), w in zip(copies, weights, strict=True))
-        grads = gradients(loss, model)
-        hidden = torch.cat([h.detach().flatten() for _, h in copies])
-        results[how] = hidden, torch.cat([grads[k].flatten() for k in sorted(grads)])
-    for ours, alone, exact in zip(results["ours"], results["alone"], results["exact"], strict=True):
-        assert relative(ours, exact) <= relative(alone, exact) + MARGIN[torch.bfloat16]
+def test_autocast_over_float32_weights(name):
+    """RoPE leaves q and k in float32, v is bfloat16: no less exact than eager, a path at a time.
+
+    Over several rows, because on one the roundings of a tiny model fall out by chance.
+    """
+    ways = {
+        "exact": (model_of(name, "eager").double(), lambda *x: separate_hidden(*x)[1]),
+        "alone": (model_of(name, "eager"), lambda *x: separate_hidden(*x)[1]),
+        "shared": (
+            model_of(name, TREE_ATTENTION_NAME),
+            lambda *x: [(path, h[path]) for h in [shared_hidden(*x)] for path in paths()],
+        ),
+        "packed": (model_of(name, TREE_ATTENTION_NAME), packed_hidden),
+    }
+    results = {}
+    for way, (model, hidden_of) in ways.items():
+        rows, grads = [], []
+        for seed in range(6):
+            with torch.autocast("cpu", torch.bfloat16, enabled=way != "exact"):
+                copies = hidden_of(model, tokens(seed))
+            weights = directions(32, seed)
+            loss = sum((h * w[path]).sum() for (path, h), w in zip(copies, weights, strict=True))
+            grads += [g.flatten() for _, g in sorted(gradients(loss, model).items())]
+            rows += [h.detach().flatten() for _, h in copies]
+        results[way] = torch.cat(rows), torch.cat(grads)
+    for way in ("shared", "packed"):
+        for at in range(2):
+            ours, theirs, exact = (results[key][at] for key in (way, "alone", "exact"))
+            assert relative(ours, exact) <= relative(theirs, exact) + MARGIN[torch.bfloat16]
 
 
 def test_position_ids_must_be_the_plans():

@@ -112,7 +112,10 @@ REFUSED = {
     "int4": ({"model.quantize": "int4"}, r"model\.quantize = 'int4'"),
     "targets": ({"model.lora_targets": "3"}, r"model\.lora_targets = 3"),
     "alpha alone": ({"model.lora_alpha": "64"}, r"lora_alpha = 64\.0 .*lora_rank = 0"),
-    "targets alone": ({"model.lora_targets": "q_proj"}, r"lora_targets = \['q_proj'\].*lora_rank = 0"),
+    "targets alone": (
+        {"model.lora_targets": "q_proj"},
+        r"lora_targets = \['q_proj'\].*lora_rank = 0",
+    ),
     "dropout": ({"model.lora_dropout": "0.1"}, r"unknown key 'model\.lora_dropout'"),
 }
 
