@@ -38,21 +38,29 @@ class Adapters:
     alpha: float = 32.0
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = (ALL_LINEAR,)
-    """Names of linear layers (`q_proj`, or a longer path's end), or all but the head."""
+    """Names of linear layers (`q_proj`, or a longer path's end; a string is one name), or all but
+    the head."""
     quantize: Literal["none", "int8"] = "none"
     """How the frozen linear layers are stored."""
     seed: int = 0
     """Of A; the global random state is left alone."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if not whole or self.rank < 1:
             raise ValueError(f"lora_rank = {self.rank!r}: expected a whole number >= 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not (number and math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"lora_alpha = {self.alpha!r}: expected a number > 0")
-        if not self.targets or (ALL_LINEAR in self.targets and len(self.targets) > 1):
+        given: Any = self.targets
+        names = (given,) if isinstance(given, str) else given
+        listed = isinstance(names, (list, tuple)) and all(isinstance(t, str) and t for t in names)
+        if not listed or not names or (ALL_LINEAR in names and len(names) > 1):
+            shown = list(given) if isinstance(given, tuple) else given
             raise ValueError(
-                f"lora_targets = {list(self.targets)}: expected names of layers, or {ALL_LINEAR!r}"
+                f"lora_targets = {shown!r}: expected names of layers, or {ALL_LINEAR!r}"
             )
+        object.__setattr__(self, "targets", tuple(names))  # frozen; a list or one name was given
         if self.quantize not in ("none", "int8"):
             raise ValueError(f"quantize = {self.quantize!r}: expected 'none' or 'int8'")
 
@@ -60,7 +68,8 @@ class Adapters:
 def attach(model: Any, adapters: Adapters) -> None:
     """Freezes `model`, puts adapters into its linear layers, quantizes the rest as asked.
 
-    ValueError where peft or torchao is absent, or a target names no linear layer.
+    ValueError where peft or torchao is absent, a target names no linear layer, or the rank is above
+    that of every targeted weight.
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError(
@@ -68,7 +77,7 @@ def attach(model: Any, adapters: Adapters) -> None:
         )
     from peft import LoraConfig, inject_adapter_in_model
 
-    _check_targets(model, adapters.targets)
+    _check_targets(model, adapters.targets, adapters.rank)
     everything = adapters.targets == (ALL_LINEAR,)
     config = LoraConfig(
         r=adapters.rank,
@@ -92,20 +101,33 @@ def attach(model: Any, adapters: Adapters) -> None:
         quantize_frozen(model)
 
 
-def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+def _check_targets(model: Any, targets: tuple[str, ...], rank: int) -> None:
     head = model.get_output_embeddings()
-    linear = [
-        name
+    linear = {  # name -> greatest rank of its weight, [out, in] or Conv1D's [in, out]
+        name: min(module.weight.shape)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    ]
+    }
+    targeted: dict[str, int] = {}
     for target in targets:
-        if target != ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in linear):
+        named = {
+            name: least
+            for name, least in linear.items()
+            if target == ALL_LINEAR or f".{name}".endswith(f".{target}")
+        }
+        targeted |= named
+        if target != ALL_LINEAR and not named:
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(
                 f"model.lora_targets: {target!r} names no linear layer of {type(model).__name__} "
                 f"below its head, which stays frozen; it has {', '.join(known)}"
             )
+    largest = max(targeted, key=targeted.__getitem__, default=None)
+    if largest is not None and rank > targeted[largest]:
+        raise ValueError(
+            f"model.lora_rank = {rank}: expected at most {targeted[largest]}, the smaller side of "
+            f"{largest}, which has the largest of the targeted layers"
+        )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pyrl.packing.tree_attention import TREE_ATTENTION_NAME
 from pyrl.packing.tree_plan import TreePlan
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ATTENTIONS = (TREE_ATTENTION_NAME, ATTENTION_NAME, "sdpa", "eager")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -283,6 +284,10 @@ def load_policy(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype}: expected one of {[str(d) for d in _DTYPES]}")
+    if attention not in _ATTENTIONS:
+        raise ValueError(f"attention={attention!r}: expected one of {list(_ATTENTIONS)}")
+    if adapters is not None and not isinstance(adapters, Adapters):
+        raise ValueError(f"adapters={adapters!r}: expected Adapters")
     folder = model_folder(name)
     model: Any
     with quiet_transformers():

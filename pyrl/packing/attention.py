@@ -12,8 +12,11 @@ model also generates with a KV cache.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import math
+import operator
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION_NAME = "pyrl_varlen"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,47 @@ def no_mask(device: torch.device) -> Tensor:
     transformers hands a 4-D mask to the attention function as it is, without building its own.
     """
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def check_options(
+    query: Tensor, scale: float | None, sliding_window: int | None, softcap: float | None
+) -> None:
+    """ValueError, naming it, for what no attention of this package computes; None is a default.
+
+    A scale <= 0 is refused because flash kernels take the greatest score before they scale.
+    """
+    if query.dtype not in _DTYPES:
+        raise ValueError(f"dtype {query.dtype}: expected one of {[str(d) for d in _DTYPES]}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        try:
+            fits = value is None or (math.isfinite(value) and value > 0)
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{name}={value!r}: expected a finite number > 0, or None")
+    try:
+        fits = sliding_window is None or operator.index(sliding_window) >= 1
+    except TypeError:
+        fits = False
+    if not fits or isinstance(sliding_window, bool):
+        raise ValueError(
+            f"sliding_window={sliding_window!r}: expected a whole number >= 1, or None"
+        )
+
+
+def as_autocast(*tensors: Tensor) -> tuple[tuple[Tensor, ...], contextlib.AbstractContextManager]:
+    """What autocast makes of SDPA's inputs, and a context in which it casts nothing more.
+
+    Under autocast q and k may leave RoPE in float32 while v is in half precision; SDPA then gets
+    all of them in autocast's dtype. float64 is left alone, as autocast does. The context keeps
+    what `widen` made float32.
+    """
+    kind = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensors, contextlib.nullcontext()
+    if all(x.is_floating_point() and x.dtype != torch.float64 for x in tensors):
+        tensors = tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+    return tensors, torch.autocast(kind, enabled=False)
 
 
 def _band(length: int, sliding_window: int, device: torch.device) -> Tensor:
@@ -148,6 +193,7 @@ def varlen_attention(
     one SDPA call per sequence, K and V unrepeated; half precision is computed in float32 on the
     CPU.
     """
+    check_options(query, scale, sliding_window, softcap)
     dtype, device = query.dtype, query.device
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     window = min(sliding_window or plan.max_length, plan.max_length)
@@ -230,11 +276,15 @@ def pyrl_varlen_forward(
     """`varlen_attention` behind transformers' attention protocol, q [B, H, L, d] -> [B, L, H, d].
 
     With `varlen_plan` or `cu_seq_lens_q` the batch is one packed row; with neither, plain SDPA.
+    Under autocast q, k and v are cast to its dtype, as SDPA does.
     Raises NotImplementedError for dropout, attention sinks, position biases and non-causal layers.
     """
     if varlen_plan is None and cu_seq_lens_q is None:
         if attention_mask is not None and attention_mask.numel() == 0 and query.shape[2] > 0:
-            raise ValueError("packed positions without boundaries: pass cu_seq_lens_q to the model")
+            raise ValueError(
+                "packed positions without boundaries: pass cu_seq_lens_q to the model (if you did "
+                "pass tree_plan or cu_seq_lens_q, this architecture drops keyword arguments)"
+            )
         if softcap is not None:
             return _softcap_without_boundaries(query, key, value, attention_mask, scaling, softcap)
         return sdpa_attention_forward(
@@ -244,10 +294,12 @@ def pyrl_varlen_forward(
     if varlen_plan is None:
         assert cu_seq_lens_q is not None
         varlen_plan = VarlenPlan.build(cu_seq_lens_q, query.shape[2])
-    out = varlen_attention(
-        query, key, value, varlen_plan,
-        scale=scaling, sliding_window=sliding_window, softcap=softcap,
-    )  # fmt: skip
+    (query, key, value), no_autocast = as_autocast(query, key, value)
+    with no_autocast:
+        out = varlen_attention(
+            query, key, value, varlen_plan,
+            scale=scaling, sliding_window=sliding_window or None, softcap=softcap,
+        )  # fmt: skip
     return out, None
 
 

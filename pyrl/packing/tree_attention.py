@@ -18,6 +18,7 @@ dimensions below 16) gathers each run's path and calls SDPA.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from pyrl.packing.attention import (
     VarlenPlan,
+    as_autocast,
     attend_softcap,
+    check_options,
     check_packed_call,
     packed_mask,
     pyrl_varlen_forward,
@@ -177,7 +180,17 @@ def _gathered(
     return torch.cat(outs, 1)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan) -> None:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TreePlan,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    if not isinstance(plan, TreePlan):
+        raise ValueError(f"plan={plan!r}: expected a TreePlan")
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or len(query) != 1:
         raise ValueError(f"{shapes}: expected [1, H, T, d], [1, K, T, d], [1, K, T, e]")
@@ -189,6 +202,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan) -> None:
         raise ValueError(f"{shapes}: the plan has {plan.num_tokens} tokens")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: expected one")
+    if query.shape[3] == 0 or value.shape[3] == 0:
+        raise ValueError(f"{shapes}: expected d, e >= 1")
+    check_options(query, scale, window, softcap)
 
 
 def tree_attention(
@@ -206,9 +222,10 @@ def tree_attention(
     query [1, H, T, d], key [1, K, T, d], value [1, K, T, e] with H a multiple of K -> [1, T, H, e]
     in query's dtype; differentiable once. scale defaults to d^-1/2; a window counts along the path
     (the last `sliding_window` tokens of it); scores become softcap * tanh(scores / softcap). Half
-    precision is computed in float32 on the CPU. Raises ValueError for other shapes.
+    precision is computed in float32 on the CPU. Raises ValueError for other shapes, a dtype that
+    is no floating point of 2 to 8 bytes, a scale or softcap <= 0, a window < 1.
     """
-    _check(query, key, value, plan)
+    _check(query, key, value, plan, scale, sliding_window, softcap)
     if plan.is_flat:
         return varlen_attention(
             query, key, value, plan.varlen,
@@ -216,7 +233,7 @@ def tree_attention(
         )  # fmt: skip
     dtype = query.dtype
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    active = sliding_window is not None and 0 < sliding_window < plan.max_length
+    active = sliding_window is not None and sliding_window < plan.max_length
     window = sliding_window if active else None
     if flex_takes(query, key, value):
         return attend_flex(query, key, value, plan, scale, window, softcap)
@@ -238,7 +255,7 @@ def tree_attention_dense(
     softcap: float | None = None,
 ) -> Tensor:
     """softmax(where(tree_mask, scale * q k^T, -inf)) v in the inputs' dtype: the oracle, O(T^2)."""
-    _check(query, key, value, plan)
+    _check(query, key, value, plan, scale, sliding_window, softcap)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -247,6 +264,34 @@ def tree_attention_dense(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~tree_mask(plan, sliding_window), -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+#: Plan -> the position_ids that were found equal to its positions.
+_FITTING: weakref.WeakKeyDictionary[TreePlan, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _check_positions(position_ids: Tensor | None, plan: TreePlan) -> None:
+    """ValueError unless position_ids [T] or [1, T] are the plan's path positions.
+
+    Without any, transformers counts along the row and every branch after the first is wrong. All
+    layers of a model call get the same tensor, so the comparison, which waits for the device, is
+    made once a call.
+    """
+    if position_ids is None or torch.compiler.is_compiling():
+        return
+    if (known := _FITTING.get(plan)) is not None and known() is position_ids:
+        return
+    if position_ids.shape not in ((plan.num_tokens,), (1, plan.num_tokens)):
+        return  # several axes, or none of the row's: the model's own business
+    wrong = (position_ids.detach().flatten() != plan.positions.to(position_ids.device)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"position_ids[{at}]={position_ids.flatten()[at].item()}: expected "
+            f"{int(plan.positions[at])}, the tokens above it on its path; call the model with "
+            "position_ids=tree_plan.positions[None]"
+        )
+    _FITTING[plan] = weakref.ref(position_ids)
 
 
 def pyrl_tree_forward(
@@ -268,7 +313,8 @@ def pyrl_tree_forward(
 
     Without `tree_plan` this is `pyrl_varlen_forward`. Raises NotImplementedError for dropout,
     attention sinks, position biases and non-causal layers, ValueError for more than one row, a
-    cache, or a plan beside other boundaries or a mask.
+    cache, a plan beside other boundaries or a mask, or position_ids that are not the plan's. Under
+    autocast q, k and v are cast to its dtype, as SDPA does.
     """
     packed = not (tree_plan is None and cu_seq_lens_q is None and varlen_plan is None)
     if packed:
@@ -285,10 +331,14 @@ def pyrl_tree_forward(
             f"attention_mask of shape {list(attention_mask.shape)} beside tree_plan: the plan is "
             "the mask; call the model with attention_mask=no_mask(device)"
         )
-    out = tree_attention(
-        query, key, value, tree_plan,
-        scale=scaling, sliding_window=sliding_window, softcap=softcap,
-    )  # fmt: skip
+    if isinstance(tree_plan, TreePlan):  # `tree_attention` refuses what is none
+        _check_positions(kwargs.get("position_ids"), tree_plan)
+    (query, key, value), no_autocast = as_autocast(query, key, value)
+    with no_autocast:
+        out = tree_attention(
+            query, key, value, tree_plan,
+            scale=scaling, sliding_window=sliding_window or None, softcap=softcap,
+        )  # fmt: skip
     return out, None
 
 

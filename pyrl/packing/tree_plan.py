@@ -40,7 +40,10 @@ class Run(NamedTuple):
 
 def _integers(name: str, values: Any) -> list[int]:
     """A sequence, array or tensor as Python ints; ValueError with the position of what is none."""
-    listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    try:
+        listed = list(values.tolist() if hasattr(values, "tolist") else values)
+    except TypeError:
+        raise ValueError(f"{name}={values!r}: expected a sequence of integers") from None
     for at, value in enumerate(listed):
         try:
             listed[at] = operator.index(value)

@@ -66,6 +66,16 @@ class ModelConfig(Section):
     """`auto` (cuda when there is one), `cpu`, `cuda` or `cuda:N`."""
 
     @pydantic.model_validator(mode="after")
+    def _adapters_have_a_rank(self) -> ModelConfig:
+        # Not whatever is given: a resolved recipe names the defaults too.
+        for key in ("lora_alpha", "lora_targets") if self.lora_rank == 0 else ():
+            field, value = type(self).model_fields[key], getattr(self, key)
+            if value != field.get_default(call_default_factory=True):
+                raise ValueError(f"{key} = {value!r} is for adapters: lora_rank = 0 trains all "
+                                 "weights")  # fmt: skip
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _only_frozen_weights_in_8_bits(self) -> ModelConfig:
         if self.quantize != "none" and self.lora_rank == 0:
             raise ValueError(f"quantize = {self.quantize!r} is for a frozen model: lora_rank = 0 "

@@ -270,6 +270,12 @@ REFUSED = {
     "negative": ({"rank": -2}, "lora_rank = -2"),
     "alpha": ({"alpha": 0.0}, "lora_alpha = 0.0"),
     "nan": ({"alpha": float("nan")}, "lora_alpha = nan"),
+    "true": ({"rank": True}, "lora_rank = True"),
+    "huge": ({"rank": 33}, r"lora_rank = 33: expected at most 32, .*model\.layers\.0\..*q_proj"),
+    "narrow": ({"rank": 17, "targets": ("k_proj",)}, r"lora_rank = 17: .* at most 16.*k_proj"),
+    "text": ({"alpha": "a"}, "lora_alpha = 'a'"),
+    "none": ({"targets": None}, "lora_targets = None"),
+    "number": ({"targets": ("q_proj", 3)}, r"lora_targets = \['q_proj', 3\]"),
     "nothing": ({"targets": ()}, r"lora_targets = \[\]"),
     "both": ({"targets": ("all-linear", "q_proj")}, "lora_targets"),
     "quantize": ({"quantize": "int4"}, "quantize = 'int4'"),
@@ -284,6 +290,19 @@ def test_what_does_not_fit_is_refused_by_name(folders, name):
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         load_policy(folders(), adapters=Adapters(**options))
+
+
+def test_targets_may_be_a_name_or_a_list(folders):
+    assert (
+        Adapters(targets="q_proj") == Adapters(targets=["q_proj"]) == Adapters(targets=("q_proj",))
+    )
+    assert len(adapted_layers(load(folders(), targets="q_proj").model)) == 2
+    assert len(adapted_layers(load(folders(), targets=["all-linear"], rank=32).model)) == 14
+
+
+def test_adapters_of_another_type(folders):
+    with pytest.raises(ValueError, match=r"adapters=\{'rank': 4\}: expected Adapters"):
+        load_policy(folders(), adapters={"rank": 4})
 
 
 @pytest.mark.parametrize(("package", "quantize"), [("peft", "none"), ("torchao", "int8")])

@@ -349,3 +349,11 @@ def test_loading_is_quiet(folders, capfd):
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
     assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("attention", [None, "foo"])
+def test_an_unknown_attention_is_refused(folders, attention):
+    with pytest.raises(
+        ValueError, match=rf"attention={attention!r}: expected one of \['pyrl_tree'"
+    ):
+        load_policy(folders("llama"), attention=attention)

@@ -1,6 +1,7 @@
 """tree_attention against softmax attention under the dense tree mask, in float64."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -267,12 +268,44 @@ def test_a_window_gathers_what_is_in_reach(softcap):
         (lambda q, k, v: (q, k, v[:, :1]), r"value \[1, 1, 28, 8\]"),
         (lambda q, k, v: (q[0], k, v), r"query \[6, 28, 8\]"),
         (lambda q, k, v: (q, k, v.float()), r"dtypes torch.float64, torch.float64, torch.float32"),
+        (lambda q, k, v: (q[..., :0], k[..., :0], v), r"query \[1, 6, 28, 0\].*expected d, e >= 1"),
+        (lambda q, k, v: (q, k, v[..., :0]), r"value \[1, 2, 28, 0\]: expected d, e >= 1"),
+        (lambda *x: [y.bool() for y in x], r"dtype torch.bool: expected one of \['torch.float16'"),
+        (lambda *x: [y.long() for y in x], r"dtype torch.int64: expected"),
+        (lambda *x: [y.to(torch.float8_e4m3fn) for y in x], r"dtype torch.float8_e4m3fn: expected"),
     ],
 )
 def test_bad_shapes(change, message):
     plan = plan_of(*THREE)
     with pytest.raises(ValueError, match=message):
         tree_attention(*change(*inputs(plan)[0]), plan)
+
+
+BAD_OPTIONS = [
+    *(({"scale": x}, f"scale={x}: expected a finite") for x in (0.0, -1.0, math.nan, math.inf)),
+    ({"scale": "a"}, "scale='a': expected a finite"),
+    *(({"softcap": x}, f"softcap={x}: expected a finite") for x in (0.0, -2.0, math.nan, math.inf)),
+    *(({"sliding_window": x}, f"sliding_window={x}: expected a whole") for x in (0, -1, 2.5, True)),
+]
+
+
+@pytest.mark.parametrize("attend", [tree_attention, tree_attention_dense, varlen_attention])
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_bad_options(attend, options, message):
+    plan = plan_of(*THREE)
+    with pytest.raises(ValueError, match=message):
+        attend(*inputs(plan)[0], plan.varlen if attend is varlen_attention else plan, **options)
+
+
+@pytest.mark.parametrize("attend", [tree_attention, tree_attention_dense])
+def test_a_plan_of_another_kind(attend):
+    plan = plan_of(*THREE)
+    qkv, _ = inputs(plan)
+    for wrong in (None, plan.varlen):
+        with pytest.raises(ValueError, match=r"plan=(None|VarlenPlan.*): expected a TreePlan"):
+            attend(*qkv, wrong)
+    with pytest.raises(ValueError, match=r"plan='x': expected a TreePlan"):
+        pyrl_tree_forward(Layer(), *qkv, None, tree_plan="x")
 
 
 class Layer(torch.nn.Module):
@@ -294,7 +327,7 @@ def test_the_transformers_protocol():
         mask = nothing if "cu_seq_lens_q" in given_ else None
         ours, _ = pyrl_tree_forward(Layer(), q, k, v, mask, scaling=0.3, **given_)
         assert ours.equal(pyrl_varlen_forward(Layer(), q, k, v, mask, scaling=0.3, **given_)[0])
-    with pytest.raises(ValueError, match="packed positions without boundaries"):
+    with pytest.raises(ValueError, match=r"packed positions without boundaries.*drops keyword arg"):
         pyrl_tree_forward(Layer(), q, k, v, nothing)
 
 
@@ -329,3 +362,19 @@ def test_two_masks_are_refused():
     with pytest.raises(ValueError, match=r"attention_mask of shape \[1, 1, 28, 28\] beside"):
         mask = torch.ones(1, 1, 28, 28, dtype=torch.bool)
         pyrl_tree_forward(Layer(), q, k, v, mask, tree_plan=plan)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"softcap": 2.0}])
+@pytest.mark.parametrize("boundaries", ["tree", "varlen"])
+def test_autocast_casts_the_inputs_and_nothing_else(boundaries, options):
+    plan = plan_of(*THREE)
+    (q, k, v), grad = inputs(plan, dtype=torch.float32)
+    given_ = {"tree_plan": plan} if boundaries == "tree" else {"varlen_plan": plan.varlen}
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    expected, _ = pyrl_tree_forward(Layer(), *half, None, **given_, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = pyrl_tree_forward(Layer(), q, k, v.bfloat16(), None, **given_, **options)
+    assert out.dtype == torch.bfloat16 and out.equal(expected)
+    grads = [torch.autograd.grad(*x) for x in ((out, (q, k, v), grad.bfloat16()),
+                                               (expected, half, grad.bfloat16()))]  # fmt: skip
+    assert all(a.dtype == torch.float32 and a.equal(b.float()) for a, b in zip(*grads, strict=True))

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pyrl.packing.attention import no_mask
 from pyrl.packing.tree_attention import TREE_ATTENTION_NAME, TreePlan
+from pyrl.parity import MARGIN
 from pyrl.testing import tiny_config
 
 WINDOW = {"sliding_window": 6}
@@ -177,3 +178,77 @@ def test_packed_positions_without_a_plan_are_refused():
     model = model_of("llama", TREE_ATTENTION_NAME)
     with pytest.raises(ValueError, match="without boundaries"):
         model(tokens()[None], position_ids=PLAN.positions[None], use_cache=False)
+
+
+def packed_hidden(model, ids):
+    """Every path whole, in one row with boundaries: (path, its [n, D])."""
+    flat = list(paths())
+    lengths = [len(path) for path in flat]
+    hidden = model.base_model(
+        ids[None, list(itertools.chain(*flat))],
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        cu_seq_lens_q=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        attention_mask=no_mask(ids.device), use_cache=False,
+    ).last_hidden_state[0]  # fmt: skip
+    return list(zip(flat, hidden.split(lengths), strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text"])
+def test_autocast_over_float32_weights(name):
+    """RoPE leaves q and k in float32, v is bfloat16: no less exact than eager, a path at a time.
+
+    Over several rows, because on one the roundings of a tiny model fall out by chance.
+    """
+    ways = {
+        "exact": (model_of(name, "eager").double(), lambda *x: separate_hidden(*x)[1]),
+        "alone": (model_of(name, "eager"), lambda *x: separate_hidden(*x)[1]),
+        "shared": (
+            model_of(name, TREE_ATTENTION_NAME),
+            lambda *x: [(path, h[path]) for h in [shared_hidden(*x)] for path in paths()],
+        ),
+        "packed": (model_of(name, TREE_ATTENTION_NAME), packed_hidden),
+    }
+    results = {}
+    for way, (model, hidden_of) in ways.items():
+        rows, grads = [], []
+        for seed in range(6):
+            with torch.autocast("cpu", torch.bfloat16, enabled=way != "exact"):
+                copies = hidden_of(model, tokens(seed))
+            weights = directions(32, seed)
+            loss = sum((h * w[path]).sum() for (path, h), w in zip(copies, weights, strict=True))
+            grads += [g.flatten() for _, g in sorted(gradients(loss, model).items())]
+            rows += [h.detach().flatten() for _, h in copies]
+        results[way] = torch.cat(rows), torch.cat(grads)
+    for way in ("shared", "packed"):
+        for at in range(2):
+            ours, theirs, exact = (results[key][at] for key in (way, "alone", "exact"))
+            assert relative(ours, exact) <= relative(theirs, exact) + MARGIN[torch.bfloat16]
+
+
+def test_position_ids_must_be_the_plans():
+    model, ids = model_of("llama", TREE_ATTENTION_NAME), tokens()
+
+    def call(**given):
+        return model.base_model(
+            ids[None], attention_mask=no_mask(ids.device), tree_plan=PLAN, use_cache=False, **given
+        )
+
+    at = int((PLAN.positions != torch.arange(PLAN.num_tokens)).nonzero()[0])
+    message = rf"position_ids\[{at}\]={at}: expected {int(PLAN.positions[at])}, .*tree_plan"
+    call(position_ids=PLAN.positions[None])
+    with pytest.raises(ValueError, match=message):  # transformers counts along the row
+        call()
+    wrong = PLAN.positions.clone()
+    wrong[-1] += 2
+    with pytest.raises(ValueError, match=rf"position_ids\[{PLAN.num_tokens - 1}\]=6: expected 4"):
+        call(position_ids=wrong[None])
+
+
+def test_positions_are_compared_once_a_call(monkeypatch):
+    calls, real = [], torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: calls.append(1) or real(x))
+    model, ids, positions = model_of("llama", TREE_ATTENTION_NAME), tokens(), PLAN.positions[None]
+    given = {"tree_plan": PLAN, "attention_mask": no_mask(ids.device), "use_cache": False}
+    for _ in range(2):
+        model.base_model(ids[None], position_ids=positions, **given)
+    assert len(model.model.layers) == 2 and len(calls) == 1

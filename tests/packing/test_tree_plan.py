@@ -153,3 +153,16 @@ def test_ids(forest):
 def test_bad_ids(groups, parents, message):
     with pytest.raises(ValueError, match=message):
         TreePlan.from_ids(torch.tensor(groups), torch.tensor(parents))
+
+
+@pytest.mark.parametrize(
+    ("starts", "parents", "message"),
+    [
+        (None, [-1], "starts=None: expected a sequence of integers"),
+        ([0, 3], 5, "parents=5: expected a sequence of integers"),
+        (torch.tensor(3), [-1], r"starts=tensor\(3\): expected a sequence of integers"),
+    ],
+)
+def test_what_is_no_sequence_is_refused(starts, parents, message):
+    with pytest.raises(ValueError, match=message):
+        TreePlan.build(starts, parents)

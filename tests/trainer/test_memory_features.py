@@ -111,6 +111,11 @@ REFUSED = {
     "quantize": ({"model.quantize": "int8"}, r"quantize = 'int8' .*lora_rank = 0"),
     "int4": ({"model.quantize": "int4"}, r"model\.quantize = 'int4'"),
     "targets": ({"model.lora_targets": "3"}, r"model\.lora_targets = 3"),
+    "alpha alone": ({"model.lora_alpha": "64"}, r"lora_alpha = 64\.0 .*lora_rank = 0"),
+    "targets alone": (
+        {"model.lora_targets": "q_proj"},
+        r"lora_targets = \['q_proj'\].*lora_rank = 0",
+    ),
     "dropout": ({"model.lora_dropout": "0.1"}, r"unknown key 'model\.lora_dropout'"),
 }
 
@@ -123,8 +128,11 @@ def test_a_recipe_with_a_wrong_value(name):
 
 
 def test_targets_are_one_name_or_a_list():
-    assert load(None, {"model.lora_targets": "q_proj"}).model.lora_targets == ["q_proj"]
-    several = load(None, {"model.lora_targets": "['q_proj', 'v_proj']"})
+    def given(targets):
+        return load(None, {"model.lora_targets": targets, "model.lora_rank": "4"})
+
+    assert given("q_proj").model.lora_targets == ["q_proj"]
+    several = given("['q_proj', 'v_proj']")
     assert several.model.lora_targets == ["q_proj", "v_proj"]
     assert Config.model_validate(several.model_dump()) == several
 
