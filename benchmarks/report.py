@@ -74,6 +74,9 @@ def write(folder: Path, target: Path | None = None) -> list[Path]:
     packed = by_name.pop("packing", [])
     if packed:
         parts += ["## Packing", "", packing.markdown(packed)]
+        picture = HERE.parent / "docs" / "images" / "packing.png"
+        if target.parent == HERE:
+            parts.append(f"![a batch, plain and shared](../{picture.relative_to(HERE.parent)})\n")
     shared = by_name.pop("shared_prefix", [])
     if shared:
         parts += ["## A policy update with shared prefixes", "", shared_prefix.markdown(shared)]
