@@ -268,19 +268,13 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    from rich.table import Table
-    from table import terminal
+    from table import print_cells
 
-    table = Table(title="an update, MiB", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
-    for row in rows:
-        table.add_row(*cells(row))
-    terminal().print(table)
+    print_cells("an update, MiB", COLUMNS, [cells(row) for row in rows], 2)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    from table import conditions_text
+    from table import conditions_text, markdown_cells
 
     parts = []
     for sequences, length in sorted({tuple(r["shape"]) for r in rows}, reverse=True):
@@ -288,9 +282,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         parts += [
             f"### An update of {MODEL} on {sequences} sequences x {length} tokens, sizes in MiB",
             "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|" + "---|" * len(COLUMNS),
-            *("| " + " | ".join(cells(row)) + " |" for row in members),
+            *markdown_cells(COLUMNS, [cells(row) for row in members]),
             "",
             "peak: resident memory over an update, the interpreter included; saved: what the "
             "backbone keeps for its backward; on the GPU: what of it stays there with "

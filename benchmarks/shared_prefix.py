@@ -120,20 +120,13 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-    from table import terminal
+    from table import print_cells
 
-    table = Table(title="shared_prefix: one policy update", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*cells(row))
-    terminal().print(table)
+    print_cells("shared_prefix: one policy update", COLUMNS, [cells(row) for row in rows], 1)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    from table import conditions_text
+    from table import conditions_text, markdown_cells
 
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines = markdown_cells(COLUMNS, [cells(row) for row in rows])
     return "\n".join([*lines, "", conditions_text(rows), ""])

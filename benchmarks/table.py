@@ -17,6 +17,24 @@ def terminal() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=132)
 
 
+def print_cells(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
+) -> None:
+    """Cells as a table on the terminal; all but the first `left` columns are flush right."""
+    table = Table(title=title, title_justify="left")
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="left" if at < left else "right")
+    for cells in rows:
+        table.add_row(*cells)
+    terminal().print(table)
+
+
+def markdown_cells(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*head, *("| " + " | ".join(cells) + " |" for cells in rows)]
+
+
 def number(value: Any, digits: int = 3) -> str:
     if value is None:
         return "–"

@@ -29,8 +29,6 @@ from typing import Any
 import psutil
 import tomli_w
 from harness import HERE, conditions, version_of, write_rows
-from rich.table import Table
-from table import terminal
 
 NAME = "trainer_step"
 #: Seconds after which a trainer is given up: a step of the slowest one takes about a minute.
@@ -268,15 +266,14 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title="one training step", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
-    for row in rows:
-        table.add_row(*cells(row))
-    terminal().print(table)
+    from table import print_cells
+
+    print_cells("one training step", COLUMNS, [cells(row) for row in rows], 2)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    from table import markdown_cells
+
     parts = []
     for shape in sorted({tuple(r["shape"]) for r in rows}, reverse=True):
         members = [r for r in rows if tuple(r["shape"]) == shape]
@@ -286,9 +283,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"### One training step of {Workload.model}: {prompts} prompts x {completions} "
             f"completions x at most {new} new tokens on {first['device']}",
             "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|" + "---|" * len(COLUMNS),
-            *("| " + " | ".join(cells(row)) + " |" for row in members),
+            *markdown_cells(COLUMNS, [cells(row) for row in members]),
             "",
         ]
         parts += [f"- `{r['implementation']}`: {r['note']}; {r['settings']}" for r in members]

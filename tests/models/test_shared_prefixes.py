@@ -254,6 +254,7 @@ def test_smollm2():
     # either way, all together 1e-5.
     shared, separate_ = (errors(found["plain"][2], truth[2]) for found in (ours, theirs))
     print(f"gradients, relative error: shared {shared}, separate {separate_}")
+    # 1.1: on another processor either rounding may come out a little larger.
     assert shared[0] <= 1e-5 and shared[0] <= 1.1 * separate_[0] and shared[1] <= 1.1 * separate_[1]
 
 
