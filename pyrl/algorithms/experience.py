@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -25,9 +26,16 @@ class Attempt:
     """NaN = lost: scoring failed. Carries no loss and counts in no denominator."""
     error: str | None = None
     """Why the reward is NaN."""
+    bonus: float = 0.0
+    """What the recipe's reward terms add to the task's reward; advantages come from the sum."""
     advantage: float = 0.0
     keep: bool = True
     """False: outside loss and denominators (lost, or dropped by a filter)."""
+
+    @property
+    def total(self) -> float:
+        """reward + bonus: what is learned from."""
+        return self.reward + self.bonus
 
 
 @dataclasses.dataclass
@@ -38,6 +46,12 @@ class Group:
     prompt_text: str
     prompt: list[int]
     attempts: list[Attempt]
+    domain: str = ""
+    """The part of a task mixture that the prompt is from."""
+    place: tuple[str, int] = ("", 0)
+    """(domain, position): where in the stream of prompts it was drawn."""
+    weight: float = 1.0
+    """Of the group's advantages, where a sampling budget weighs prompts."""
 
     @property
     def zero_variance(self) -> bool:
@@ -69,6 +83,7 @@ def minibatches(
     parts: int = 1,
     order: Sequence[int] | None = None,
     mask_truncated: bool = False,
+    whole_groups: bool = False,
 ) -> list[Minibatch]:
     """The batch in `parts` minibatches whose sizes differ by at most one completion.
 
@@ -77,7 +92,8 @@ def minibatches(
     completions (sequence_mean, sequence_sum, constant), at least 1. A kept completion is computed
     only if it can have a gradient: its advantage is not 0, or the loss has a KL or entropy term.
     `order` permutes the groups before the split; a group stays together, so that its prompt is
-    shared, except where a part ends inside it.
+    shared, except where a part ends inside it. With `whole_groups` no part does: a group belongs
+    to the part in which its first completion falls.
     """
     if order is not None:
         groups = [groups[i] for i in order]
@@ -85,9 +101,13 @@ def minibatches(
     dense = spec.needs_ref or spec.needs_entropy
     by_tokens = spec.aggregation in ("token_mean", "weighted")
     result = []
-    for part in range(parts):
+    edges = [len(flat) * part // parts for part in range(parts + 1)]
+    if whole_groups:
+        starts = [i for i, (group, a) in enumerate(flat) if a is group.attempts[0]] + [len(flat)]
+        edges = [next(start for start in starts if start >= edge) for edge in edges]
+    for first, last in itertools.pairwise(edges):
         samples, tokens, sequences, skipped = [], 0, 0, 0
-        for group, a in flat[len(flat) * part // parts : len(flat) * (part + 1) // parts]:
+        for group, a in flat[first:last]:
             kept = a.keep and not (mask_truncated and a.finish_reason == "length")
             if kept:
                 tokens += len(a.tokens)
