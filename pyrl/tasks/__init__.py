@@ -3,6 +3,7 @@
 Nothing here imports torch: scoring processes start in a fraction of a second.
 """
 
+from pyrl.tasks.mixture import Mixture
 from pyrl.tasks.protocol import (
     SPLITS,
     LazyPrompts,
@@ -19,6 +20,7 @@ from pyrl.tasks.scoring import Score, Scorer
 __all__ = [
     "SPLITS",
     "LazyPrompts",
+    "Mixture",
     "Prompt",
     "Score",
     "Scorer",

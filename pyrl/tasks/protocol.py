@@ -24,6 +24,8 @@ class Prompt:
     """Chat messages (`role`, `content`), or a text that is tokenized as it is."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Parameters that `Task.score` reads. It must pickle: scoring may run in another process."""
+    domain: str = ""
+    """The part of a mixture that it is from; evaluation has a row for each."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:

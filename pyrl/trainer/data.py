@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,54 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     return [int(token) for token in tokens]
 
 
+class Prompts:
+    """The training prompts of one task, or of the domains of a mixture.
+
+    A place (domain, position) names a prompt for good: position p of that domain's own endless
+    sequence. How far each domain has been drawn is the caller's to keep.
+    """
+
+    def __init__(self, streams: Mapping[str, PromptStream], seed: int) -> None:
+        self._streams = dict(streams)
+        self._offset = derive_seed(seed, 0, "domains") / 2**63
+
+    def __len__(self) -> int:
+        return sum(map(len, self._streams.values()))
+
+    def take(
+        self, drawn: dict[str, int], count: int, weights: Mapping[str, float]
+    ) -> list[tuple[str, int]]:
+        """The next `count` places; `drawn` [prompts drawn from each domain] goes on.
+
+        Draw k is from the domain whose share of [0, 1) holds frac(offset + k golden ratio): after
+        any number of draws every domain has its share to within about one prompt, and the weights
+        may change at any time.
+        """
+        domains = [d for d in self._streams if weights.get(d, 1.0) > 0]
+        total = sum(weights.get(d, 1.0) for d in domains)
+        places = []
+        for _ in range(count):
+            point = (self._offset + sum(drawn.values()) * (math.sqrt(5) - 1) / 2) % 1.0 * total
+            for domain in domains:
+                point -= weights.get(domain, 1.0)
+                if point < 0:
+                    break
+            places.append((domain, drawn.get(domain, 0)))
+            drawn[domain] = drawn.get(domain, 0) + 1
+        return places
+
+    def at(self, place: tuple[str, int]) -> EncodedPrompt:
+        """The prompt of a place."""
+        domain, position = place
+        (prompt,) = self._streams[domain].take(position, 1)
+        return prompt
+
+    def key(self, place: tuple[str, int]) -> tuple[str, int]:
+        """The same for all places of one prompt: (domain, index in its data)."""
+        domain, position = place
+        return domain, self._streams[domain].index(position)
+
+
 class PromptStream:
     """The endless sequence of a data set's prompts: one seeded permutation after another.
 
@@ -58,9 +107,17 @@ class PromptStream:
     longer prompt, when it is drawn (`check` draws ahead).
     """
 
-    def __init__(self, prompts: Sequence[Prompt], tokenizer: Any, room: int, seed: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: Any,
+        room: int,
+        seed: int,
+        domain: str = "",
+    ) -> None:
         if len(prompts) == 0:
             raise ValueError("the task has no prompts in this split: nothing to sample from")
+        self._purpose = f"data order {domain}".strip()
         self._prompts, self._tokenizer, self._room, self._seed = prompts, tokenizer, room, seed
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -80,11 +137,15 @@ class PromptStream:
         for p in range(position, position + min(count, len(self))):
             self._at(p)
 
-    def _at(self, position: int) -> EncodedPrompt:
-        epoch, index = divmod(position, len(self))
+    def index(self, position: int) -> int:
+        """Where in the data the prompt of a position is."""
+        epoch, place = divmod(position, len(self))
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, permutation(self._seed, epoch, "data order", len(self)))
-        return self._encoded(int(self._order[1][index]))
+            self._order = (epoch, permutation(self._seed, epoch, self._purpose, len(self)))
+        return int(self._order[1][place])
+
+    def _at(self, position: int) -> EncodedPrompt:
+        return self._encoded(self.index(position))
 
     def _encoded(self, index: int) -> EncodedPrompt:
         prompt = self._prompts[index]

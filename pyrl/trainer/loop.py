@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrl.algorithms import Group, assign_advantages, minibatches
+from pyrl.algorithms import Group, minibatches
 from pyrl.packing import PackedBatch, Sample
 from pyrl.trainer.config import Config
 from pyrl.trainer.console import Console
-from pyrl.trainer.data import derive_seed, permutation
-from pyrl.trainer.evaluate import score_groups
+from pyrl.trainer.data import permutation
+from pyrl.trainer.gather import gather
 from pyrl.trainer.metrics import batch_metrics, loss_metrics
 from pyrl.trainer.optimizer import learning_rate
 from pyrl.trainer.preflight import preflight
@@ -39,7 +39,9 @@ def train(
         sync(session, session.progress.step)
         session.begin()
         while session.goes_on():
+            session.enter_step()
             train_step(session)
+            session.reset_if_due()
             session.checkpoint()
             session.stop_if_nothing_scores()
         return session.finish()
@@ -47,40 +49,28 @@ def train(
 
 def train_step(session: Session) -> None:
     """One batch: sampled, scored, learned from, logged."""
-    config, parts, clock, now = session.config, session.parts, session.clock, session.progress
-    policy, spec, backend = parts.policy, parts.spec, config.train.backend
-    step, start = now.step + 1, time.perf_counter()
+    parts, clock, setting, credit = session.parts, session.clock, session.setting, session.credit
+    policy, spec, config = parts.policy, setting.spec, setting.config
+    step, start, backend = session.progress.step + 1, time.perf_counter(), config.train.backend
 
-    # Sample and score. In the extra rounds of dynamic sampling, new prompts replace the groups
-    # whose completions all got the same reward: those say nothing.
-    sampled: list[Group] = []
-    for attempt in range(1 + config.rollout.refill_rounds):
-        useful = sum(not group.zero_variance for group in sampled)
-        missing = config.rollout.prompts_per_step - (useful if attempt else 0)
-        if missing == 0:
-            break
-        prompts = parts.stream.take(now.position, missing)
-        now.position += missing
-        with clock("sample"):
-            seed = derive_seed(config.train.seed, step, f"sample {attempt}")
-            tokens = [prompt.tokens for prompt in prompts]
-            completions = parts.engine.generate(tokens, parts.params, seed=seed)
-        with clock("score"):
-            sampled += score_groups(parts.scorer, policy.tokenizer, prompts, completions)
-    batch = sampled
-    if config.rollout.refill_rounds:  # zero-variance groups only fill what is left
-        batch = sorted(sampled, key=lambda group: group.zero_variance)
-        batch = batch[: config.rollout.prompts_per_step]
+    # Sample and score, as the budget says.
+    gathered = gather(session, step)
+    batch = gathered.batch
+    terms = setting.terms.apply(
+        gathered.sampled, max_new_tokens=setting.params.max_new_tokens, step=step
+    )
 
     # Advantages, minibatches (one optimizer update each), rows (one micro-batch each).
     device = policy.head().weight.device
-    assign_advantages(batch, **config.advantage.model_dump(), device=device, backend=backend)
+    credit.assign(batch)
     minis = minibatches(
         batch,
         spec,
         parts=config.train.updates_per_step,
         order=permutation(config.train.seed, step, "minibatches", len(batch)).tolist(),
         mask_truncated=config.train.mask_truncated,
+        whole_groups=credit.whole_groups,
+        dense=credit.dense,
     )
     rows = [pack_rows(mini.samples, config.train, device) for mini in minis]
     session.keep_packing(step, [row for part in rows for row in part])
@@ -88,7 +78,8 @@ def train_step(session: Session) -> None:
     # Log-probs from before the first update. With a single update the policy is still the one that
     # sampled: the ratio is 1, with gradient, and its forward need not be computed twice.
     on_policy = config.train.updates_per_step * config.train.passes == 1
-    kl_to_step = spec.needs_ref and config.train.reference == "step"
+    needs_ref = spec.needs_ref or credit.needs_ref
+    kl_to_step = needs_ref and config.train.reference == "step"
     old: list[list[Tensor | None]] = [[None] * len(part) for part in rows]
     ref: list[list[Tensor | None]] = [[None] * len(part) for part in rows]
     with clock("logprob"):
@@ -96,8 +87,10 @@ def train_step(session: Session) -> None:
             old = [[logprobs(policy, row, spec, backend) for row in part] for part in rows]
         if kl_to_step:
             ref = old
-        elif parts.reference is not None:
-            ref = [[logprobs(parts.reference, row, spec, backend) for row in part] for part in rows]
+        elif needs_ref and parts.reference is not None:
+            initial = parts.reference.policy
+            ref = [[logprobs(initial, row, spec, backend) for row in part] for part in rows]
+        rows = credit.begin(rows)
 
     # Update. Denominators are those of the whole minibatch, so that the rows' losses just add up.
     lr = learning_rate(step, config.train.steps, config.optimizer)
@@ -106,13 +99,14 @@ def train_step(session: Session) -> None:
     gaps: list[Tensor] = []
     with clock("update"):
         for i, mini in list(enumerate(minis)) * config.train.passes:
-            for row, old_logprob, ref_logprob in zip(rows[i], old[i], ref[i], strict=True):
+            part = credit.reweigh(rows[i], ref[i], lambda row: logprobs(policy, row, spec, backend))
+            for row, old_logprob, ref_logprob in zip(part, old[i], ref[i], strict=True):
                 out = policy_loss(
                     policy,
                     row,
                     spec,
                     old_logprob=None if on_policy else old_logprob,
-                    ref_logprob=ref_logprob,
+                    ref_logprob=ref_logprob if spec.needs_ref else None,
                     denominator=mini.denominator,
                     backend=backend,
                 )
@@ -121,8 +115,9 @@ def train_step(session: Session) -> None:
                 if not norms:  # nothing has been updated since sampling
                     gaps.append(rollout_gap(out.logprob, row))
                 del out
-            if rows[i]:
+            if part:
                 norms.append(session.optimizer.step(lr))
+                credit.learn(part, lr / config.optimizer.lr if config.optimizer.lr else 1.0)
     if not norms:
         session.console.message(f"step {step}: no update, {why_no_gradient(batch, config)}")
     elif not all(map(math.isfinite, norms)):
@@ -130,11 +125,13 @@ def train_step(session: Session) -> None:
 
     canary = sync(session, step)
 
-    metrics: dict[str, Any] = {"step": step, **batch_metrics(sampled)}
+    metrics: dict[str, Any] = {"step": step, **batch_metrics(gathered, terms)}
     metrics |= loss_metrics(losses, len(norms), spec)
+    metrics |= credit.metrics() | session.budget.metrics()
     metrics |= {
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
         "lr": lr,
+        "updates": len(norms),
         "tokens": config.train.passes * sum(row.num_tokens for part in rows for row in part),
         "shared_tokens": config.train.passes
         * sum(row.sample_tokens - row.num_tokens for part in rows for row in part),
@@ -142,7 +139,7 @@ def train_step(session: Session) -> None:
         "rollout_gap_max": float(torch.stack(gaps).max()) if gaps else None,
         "canary_max_diff": canary,
     }
-    session.log(metrics, sampled, time.perf_counter() - start)
+    session.log(metrics, gathered.sampled, time.perf_counter() - start)
 
 
 def sync(session: Session, version: int) -> float | None:
@@ -160,7 +157,7 @@ def sync(session: Session, version: int) -> float | None:
         weight = parts.policy.head().weight
         sample = Sample(prompt=parts.canary.prompt, completion=parts.canary.completion)
         (row,) = pack_rows([sample], session.config.train, weight.device)
-        plain = dataclasses.replace(parts.spec, temperature=1.0)
+        plain = dataclasses.replace(session.setting.spec, temperature=1.0)
         ours = logprobs(parts.policy, row, plain, backend)[row.loss_mask].tolist()
         coarser = max(weight.dtype, parts.engine.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return parts.canary.check(parts.engine, ours, coarser)

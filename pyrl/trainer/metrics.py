@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyrl.algorithms import Group
 from pyrl.losses import LossSpec, reduce_metrics
 
-STEP_PHASES = ("sample", "score", "logprob", "update", "sync")
+if TYPE_CHECKING:
+    from pyrl.trainer.gather import Gathered
+
+STEP_PHASES = ("sample", "score", "pilot", "logprob", "update", "sync")
 PHASES = (*STEP_PHASES, "evaluate", "checkpoint")
 
 
@@ -50,21 +54,35 @@ def peak_rss_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Of everything that was sampled in a step, used for training or not."""
+def batch_metrics(gathered: Gathered, terms: Mapping[str, float]) -> dict[str, float]:
+    """Of everything that was sampled in a step, used for training or not; `terms`: what was added
+    to the rewards. Samples and tokens count the pilot's too."""
+    groups = gathered.sampled
     attempts = [a for group in groups for a in group.attempts]
     scored = [a.reward for a in attempts if a.reward == a.reward]
     lengths = [len(a.tokens) for a in attempts]
-    return {
-        "reward_mean": statistics.fmean(scored) if scored else float("nan"),
-        "reward_std": statistics.pstdev(scored) if scored else float("nan"),
+    learned = [a for group in gathered.batch for a in group.attempts if a.keep]
+    found = {
+        "reward_mean": statistics.fmean(scored) if scored else math.nan,
+        "reward_std": statistics.pstdev(scored) if scored else math.nan,
         "zero_variance_groups": sum(group.zero_variance for group in groups),
         "groups": len(groups),
         "nan_rewards": len(attempts) - len(scored),
-        "completion_length_mean": statistics.fmean(lengths),
-        "truncated_share": statistics.fmean(a.finish_reason == "length" for a in attempts),
-        "sampled_tokens": sum(lengths),
+        "signal_share": statistics.fmean(a.advantage != 0 for a in learned) if learned else 0.0,
+        "completion_length_mean": statistics.fmean(lengths) if lengths else math.nan,
+        "truncated_share": statistics.fmean(a.finish_reason == "length" for a in attempts)
+        if attempts
+        else math.nan,
+        "sampled_tokens": sum(lengths) + gathered.pilot_tokens,
+        "samples": len(attempts) + gathered.pilot_samples,
+        **terms,
     }
+    domains: dict[str, list[float]] = {}
+    for group in groups:
+        if group.domain:
+            rewards = [a.reward for a in group.attempts if a.reward == a.reward]
+            domains.setdefault(group.domain, []).extend(rewards)
+    return found | {f"reward_{d}": statistics.fmean(r) for d, r in domains.items() if r}
 
 
 def loss_metrics(

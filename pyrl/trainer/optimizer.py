@@ -91,6 +91,10 @@ class MasterAdamW:
         """Frees them."""
         self._adam.zero_grad(set_to_none=True)
 
+    def reset(self) -> None:
+        """Forgets the moments; the masters stay."""
+        self._adam.state.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """Masters by name and AdamW's state; references, not copies."""
         masters = {name: master.detach() for name, master in self.masters.items()}

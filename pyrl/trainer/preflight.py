@@ -20,7 +20,7 @@ def preflight(session: Session) -> int:
 
     Raises ValueError naming the setting when the device's memory does not suffice.
     """
-    config, policy, spec = session.config, session.parts.policy, session.parts.spec
+    config, policy, spec = session.config, session.parts.policy, session.setting.spec
     device, train = policy.head().weight.device, config.train
     if train.preflight == "off" or (train.preflight == "auto" and device.type != "cuda"):
         return 0

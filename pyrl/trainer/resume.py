@@ -21,11 +21,17 @@ class Progress:
     """Beside weights and moments; part of every checkpoint."""
 
     step: int = 0
-    position: int = 0
-    """Prompts drawn from the stream so far."""
+    drawn: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Prompts drawn so far from each domain ("" where there is no mixture)."""
+    resets: int = 0
+    """Times that the reference has become the policy ..."""
+    reset_step: int = 0
+    """... the last time after this step."""
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
     sampled_tokens: int = 0
+    samples: int = 0
+    """Completions sampled, those of pilots included."""
     peak_rss_mib: float = 0.0
     heldout_before: dict[str, float] | None = None
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from pyrl.algorithms import Group
+from pyrl.algorithms import Budget, Credit, Group
 from pyrl.packing import PackedBatch
 from pyrl.trainer.checkpoint import FORMAT, CheckpointError, Checkpoints, write_aside
 from pyrl.trainer.config import Config
 from pyrl.trainer.console import Console
+from pyrl.trainer.course import Course
 from pyrl.trainer.data import derive_seed
 from pyrl.trainer.evaluate import evaluate, sample_rows
 from pyrl.trainer.interrupt import StopRequest
@@ -24,6 +25,7 @@ from pyrl.trainer.packing_view import describe
 from pyrl.trainer.recipe import ConfigError
 from pyrl.trainer.report import write_report
 from pyrl.trainer.resume import Progress, recover, restore
+from pyrl.trainer.setting import Setting
 from pyrl.trainer.setup import Parts, prepare
 from pyrl.trainer.sinks import Sink, check_sinks, make_sinks
 from pyrl.trainer.tracking import RunFolder, provenance
@@ -52,6 +54,12 @@ class Session:
     clock: Clock
     checkpointed: int
     """Last step that a checkpoint holds."""
+    course: Course
+    """Stage, budget, credit, reference."""
+    last_kl: float | None = None
+    """Of the step that was logged last."""
+    last_evaluation: Mapping[str, float] | None = None
+    """Held-out mean by domain, where the last step ended with an evaluation."""
     refused: int = -1
     """Last step whose checkpoint the disk refused."""
     lost_steps: int = 0
@@ -86,6 +94,9 @@ class Session:
             optimizer = MasterAdamW(parts.policy.model, config.optimizer)
             progress = restore(saved, optimizer) if saved is not None else Progress()
             resume_step = progress.step if saved is not None else None
+            course = Course.begin(config, parts, progress.step + 1)
+            if saved is not None:
+                course.load_state_dict(saved["parts"])
             del saved  # as large as the model and its moments
             folder.make()  # not earlier: a start that fails leaves nothing behind
             stack.callback(folder.close)
@@ -109,17 +120,17 @@ class Session:
 
             at = -1 if resume_step is None else resume_step
             yield cls(config, folder, console, stop, checkpoints, parts, optimizer, progress,
-                      sinks, Clock(on_phase), checkpointed=at)  # fmt: skip
+                      sinks, Clock(on_phase), at, course)  # fmt: skip
 
     def begin(self) -> None:
         """Headline, notes, and the evaluation before the first step."""
-        config, spec, policy = self.config, self.parts.spec, self.parts.policy
+        config, spec, policy = self.config, self.setting.spec, self.parts.policy
         self.console.banner(
             {
                 "model": f"{config.model.name} ({config.model.dtype})",
                 "parameters": f"{sum(p.numel() for p in policy.model.parameters()):,}"
                 + (f" ({self.optimizer.trained:,} trained)" if policy.has_adapters else ""),
-                "task": f"{config.task.name} ({len(self.parts.stream):,} prompts)",
+                "task": f"{config.task.name} ({len(self.parts.prompts):,} prompts)",
                 "rollout": f"{config.rollout.engine}, {config.rollout.prompts_per_step} prompts x "
                 f"{config.rollout.n} completions x {config.rollout.max_new_tokens} tokens",
                 "loss": f"{config.loss.preset}: {spec.objective}, {spec.aggregation}"
@@ -137,6 +148,56 @@ class Session:
         if self.progress.step == 0 and self.progress.heldout_before is None:
             self.progress.heldout_before = self.heldout("before")
         self._take_clock()  # what came before is no step's time
+
+    @property
+    def setting(self) -> Setting:
+        """What the current step goes by."""
+        return self.course.setting
+
+    @property
+    def budget(self) -> Budget:
+        """How many completions each prompt gets."""
+        return self.course.budget
+
+    @property
+    def credit(self) -> Credit:
+        """What a step's rewards make its tokens worth."""
+        return self.course.credit
+
+    def take(self, count: int) -> list[tuple[str, int]]:
+        """The places of the next `count` prompts, by the weights of the mixture."""
+        mix = self.setting.config.task.mix
+        weights = {domain: part.weight for domain, part in mix.items()}
+        return self.parts.prompts.take(self.progress.drawn, count, weights)
+
+    def enter_step(self) -> None:
+        """Before a step: the stage that it is in, with the reset that it may begin with."""
+        stage = self.course.enter(self.progress.step + 1)
+        if stage is not None:
+            name = stage.name or f"{self.course.stage + 1} of {len(self.config.stages)}"
+            self.console.message(f"stage {name}: steps {self.progress.step + 1} to "
+                                 f"{self.progress.step + stage.steps}")  # fmt: skip
+            if stage.reset:
+                self.reset_reference("the stage begins with one")
+
+    def reset_if_due(self) -> None:
+        """After a step: the reference becomes the policy where `[reset]` says so."""
+        step = self.progress.step
+        reason = self.course.reason_to_reset(step, self.last_evaluation, self.last_kl)
+        if reason is not None:
+            self.reset_reference(reason)
+
+    def reset_reference(self, reason: str) -> None:
+        """The reference becomes the policy, and AdamW starts anew if `reset.optimizer` says so."""
+        optimizer = self.config.reset.optimizer
+        if self.parts.reference is not None:
+            self.parts.reference.reset(self.parts.policy)
+        if optimizer:
+            self.optimizer.reset()
+        self.progress.resets += 1
+        self.progress.reset_step = self.progress.step
+        self.console.message(f"after step {self.progress.step}: reference reset"
+                             f"{' with the optimizer' if optimizer else ''}, {reason}")  # fmt: skip
 
     def goes_on(self) -> bool:
         """Whether there is another step to do."""
@@ -178,11 +239,18 @@ class Session:
         now.step = metrics["step"]
         now.seconds += seconds
         now.sampled_tokens += metrics["sampled_tokens"]
+        now.samples += metrics["samples"]
+        metrics["samples_total"] = now.samples
+        if self.parts.reference is not None:
+            metrics["reference_age"] = now.step - 1 - now.reset_step
+            metrics["reference_resets"] = now.resets
         now.peak_rss_mib = max(now.peak_rss_mib, metrics["peak_rss_mib"])
+        self.last_kl, self.last_evaluation = metrics.get("kl"), None
         every = config.eval.every
         if every and now.step % every == 0 and now.step < config.train.steps:
             result = self.heldout(f"step {now.step}")
             metrics |= {f"heldout_{k}": (result or {}).get(k) for k in ("mean", "low", "high")}
+            self.last_evaluation = {"": (result or {})["mean"]}
         rows = sample_rows(sampled, now.step, "train", config.tracking.samples_per_step)
         self.folder.append_samples(rows)
         self.folder.append_metrics(metrics)
@@ -211,6 +279,7 @@ class Session:
             "identity": self.config.identity(),
             "progress": dataclasses.asdict(self.progress),
             "optimizer": self.optimizer.state_dict(),
+            "parts": self.course.state_dict(self.progress.resets),
         }
         try:
             with self.clock("checkpoint"):
@@ -261,6 +330,7 @@ class Session:
             "steps": now.step,
             "seconds": now.seconds,
             "seconds_by_phase": now.seconds_by_phase,
+            "samples": now.samples,
             "tokens_per_second": now.sampled_tokens / now.seconds if now.seconds else None,
             "peak_rss_mib": max(now.peak_rss_mib, peak_rss_mib()),
             "run": str(self.folder.path),

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 
-from pyrl.models import Adapters, Policy, load_policy
+from pyrl.algorithms import Critic
+from pyrl.models import AdapterSnapshot, Adapters, FrozenCopy, Policy, Reference, load_policy
 from pyrl.models.probe import check_policy
 from pyrl.ops.backend import select
-from pyrl.ops.spec import LossSpec
 from pyrl.rollout import Canary, Rollout, SamplingParams, check_options, make_rollout
-from pyrl.tasks import Scorer, get_task
+from pyrl.tasks import Mixture, Scorer, Split, Task, get_task
 from pyrl.trainer.config import Config
-from pyrl.trainer.data import EncodedPrompt, PromptStream, derive_seed
+from pyrl.trainer.data import EncodedPrompt, Prompts, PromptStream, derive_seed
+from pyrl.trainer.setting import Setting, make_setting
 
 #: Re-scored after every sync; any text will do, as long as it never changes.
 CANARY = "The quick brown fox jumps over the lazy dog, and nobody was surprised."
@@ -27,15 +30,16 @@ class Parts:
     """What the loop works with."""
 
     policy: Policy
-    reference: Policy | None
-    """The initial weights, only for a KL term against them: a frozen copy, or with adapters the
-    policy's own model with the adapters off."""
+    reference: Reference | None
+    """At first the initial weights, only where something is compared with them: a frozen copy, or
+    with adapters the policy's own model with other adapters or none."""
+    critic: Critic | None
     engine: Rollout
     scorer: Scorer
-    stream: PromptStream
+    prompts: Prompts
     heldout: list[EncodedPrompt]
-    spec: LossSpec
-    params: SamplingParams
+    settings: dict[int, Setting]
+    """By stage; without stages, -1."""
     heldout_params: SamplingParams
     canary: Canary | None
 
@@ -54,52 +58,21 @@ def prepare(config: Config) -> Parts:
     transformers.utils.logging.disable_progress_bar()
     device = _device(config.model.device)
     select(config.train.backend, device)
-    task = get_task(config.task.name, **config.task.options)
+    task = _task(config)
     policy = _load(config, device)
-    reference = None
-    sampling = config.rollout
-    room = policy.max_length - sampling.max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"rollout.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt "
-            f"in the model's context of {policy.max_length} tokens"
+    stages = {i: config.at(step) for i, step in _first_steps(config)}
+    prompts, heldout = _prompts(config, list(stages.values()), task, policy)
+    reference: Reference | None = None
+    if config.needs_ref and config.train.reference == "initial":
+        reference = AdapterSnapshot(policy) if policy.has_adapters else FrozenCopy(
+            _load(config, device)
         )
-    try:
-        stream = PromptStream(task.prompts("train"), policy.tokenizer, room, config.train.seed)
-        # As many as can be drawn at all: a step may need every one of its extra rounds.
-        most = sampling.prompts_per_step * (1 + sampling.refill_rounds)
-        stream.check(0, config.train.steps * most)
-        heldout: list[EncodedPrompt] = []
-        if config.eval.prompts:
-            split = task.prompts("heldout")
-            if len(split) == 0:
-                raise ValueError("no held-out prompts to evaluate; eval.prompts = 0 goes without")
-            held = PromptStream(split, policy.tokenizer, room, config.train.seed)
-            heldout = held.first(config.eval.prompts)
-    except ValueError as error:
-        raise ValueError(f"task {config.task.name!r}: {error}") from None
-
-    head = policy.head()
-    spec = config.loss.spec(
-        temperature=sampling.temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        max_length=sampling.max_new_tokens,
-    )
-    if spec.needs_ref and config.train.reference == "initial":
-        if policy.has_adapters:
-            reference = policy.initial()
-        else:
-            reference = _load(config, device)
-            reference.model.requires_grad_(False)
-    params = SamplingParams(
-        n=sampling.n,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        stop_token_ids=tuple(sorted({*sampling.stop_token_ids, *_end_tokens(policy)})),
-    )
+    critic = None
+    if config.advantage.method == "gae":
+        critic = Critic(_load(config, device, adapters=False))
+    stop = tuple(sorted({*config.rollout.stop_token_ids, *_end_tokens(policy)}))
+    settings = {i: make_setting(c, policy.head(), stop) for i, c in stages.items()}
+    base = make_setting(config, policy.head(), stop)
     folder = getattr(policy.model, "name_or_path", "") or ""
     engine = make_rollout(
         sampling.engine,
@@ -111,22 +84,79 @@ def prepare(config: Config) -> Parts:
     return Parts(
         policy=policy,
         reference=reference,
+        critic=critic,
         engine=engine,
         scorer=Scorer(task, workers=config.task.workers, deadline=config.task.deadline),
-        stream=stream,
+        prompts=prompts,
         heldout=heldout,
-        spec=spec,
-        params=params,
+        settings=settings,
         heldout_params=dataclasses.replace(
-            params,
+            base.params,
             n=config.eval.samples,
-            temperature=config.eval.temperature or sampling.temperature,
+            temperature=config.eval.temperature or config.rollout.temperature,
         ),
-        canary=Canary(text[:4], text[4:24]) if sampling.canary else None,
+        canary=Canary(text[:4], text[4:24]) if config.rollout.canary else None,
     )
 
 
-def _load(config: Config, device: torch.device) -> Policy:
+def _first_steps(config: Config) -> list[tuple[int, int]]:
+    """(stage, its first step); (-1, 1) without stages."""
+    if not config.stages:
+        return [(-1, 1)]
+    lengths = [stage.steps for stage in config.stages]
+    return [(i, 1 + sum(lengths[:i])) for i in range(len(lengths))]
+
+
+def _task(config: Config) -> Task:
+    settings = config.task
+    if not settings.mix:
+        return get_task(settings.name, **settings.options)
+    return Mixture(
+        {d: get_task(part.task or d, **part.options) for d, part in settings.mix.items()},
+        {d: part.scale for d, part in settings.mix.items()},
+    )
+
+
+def _prompts(
+    config: Config, stages: Sequence[Config], task: Task, policy: Policy
+) -> tuple[Prompts, list[EncodedPrompt]]:
+    """The training prompts, drawn ahead where one could be too long, and the held-out ones: as many
+    of every domain, in turn."""
+    longest = max(c.rollout.max_new_tokens for c in (config, *stages))
+    room, seed = policy.max_length - longest, config.train.seed
+    if room < 1:
+        raise ValueError(
+            f"rollout.max_new_tokens = {longest} leaves no room for a prompt "
+            f"in the model's context of {policy.max_length} tokens"
+        )
+
+    def stream(domain: str, split: Split) -> PromptStream:
+        found = task.domain(domain, split) if isinstance(task, Mixture) else task.prompts(split)
+        if split == "heldout" and len(found) == 0:
+            raise ValueError("no held-out prompts to evaluate; eval.prompts = 0 goes without")
+        return PromptStream(found, policy.tokenizer, room, seed, domain)
+
+    # As many as can be drawn at all: a step may need every one of its extra rounds.
+    most = max(c.rollout.prompts_per_step * (1 + c.rollout.refill_rounds) for c in stages)
+    domains = list(config.task.mix) or [""]
+    streams: dict[str, PromptStream] = {}
+    held: list[list[EncodedPrompt]] = []
+    for domain in domains:
+        try:
+            streams[domain] = stream(domain, "train")
+            streams[domain].check(0, config.train.steps * most)
+            if config.eval.prompts:
+                share = -(-config.eval.prompts // len(domains))
+                held.append(stream(domain, "heldout").first(share))
+        except ValueError as error:
+            name = f"{config.task.name}.{domain}" if domain else config.task.name
+            raise ValueError(f"task {name!r}: {error}") from None
+    turns = itertools.zip_longest(*held)
+    heldout = [prompt for turn in turns for prompt in turn if prompt is not None]
+    return Prompts(streams, seed), heldout[: config.eval.prompts]
+
+
+def _load(config: Config, device: torch.device, *, adapters: bool = True) -> Policy:
     settings = config.model
     name = settings.name
     looks_like_path = name.startswith(("/", "./", "../", "~"))
@@ -137,9 +167,9 @@ def _load(config: Config, device: torch.device) -> Policy:
             "model.offload_activations = true: on a CPU the activations are in host memory "
             "already; it needs model.device = 'cuda' (gradient_checkpointing saves memory here)"
         )
-    adapters = None
-    if settings.lora_rank:
-        adapters = Adapters(
+    low_rank = None
+    if settings.lora_rank and adapters:
+        low_rank = Adapters(
             rank=settings.lora_rank,
             alpha=settings.lora_alpha,
             targets=tuple(settings.lora_targets),
@@ -152,7 +182,7 @@ def _load(config: Config, device: torch.device) -> Policy:
         attention=settings.attention,
         gradient_checkpointing=settings.gradient_checkpointing,
         offload_activations=settings.offload_activations,
-        adapters=adapters,
+        adapters=low_rank,
     )
     policy.model.to(device)
     if device.type != "cpu" and policy.max_length >= 300:

@@ -1,0 +1,68 @@
+"""Several tasks as one, each a domain with its own prompts and scale of rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+from pyrl.tasks.protocol import Prompt, Split, Task
+
+
+class Mixture:
+    """score = scale of the prompt's domain * its task's score; prompts of domain d are named d/id.
+
+    Which domain a training prompt comes from is the trainer's to draw; `prompts` lists them one
+    domain after another. `trusted` if every task is. ValueError for a scale that is not > 0.
+    """
+
+    name = "mixture"
+
+    def __init__(self, tasks: Mapping[str, Task], scales: Mapping[str, float] | None = None):
+        self.tasks = dict(tasks)
+        self.scales = {domain: 1.0 for domain in self.tasks} | dict(scales or {})
+        for domain, scale in self.scales.items():
+            if domain not in self.tasks or not scale > 0:
+                raise ValueError(f"scales[{domain!r}] = {scale}: expected a number > 0 for one of "
+                                 f"{list(self.tasks)}")  # fmt: skip
+        self.trusted = all(getattr(task, "trusted", False) is True for task in self.tasks.values())
+
+    def domain(self, domain: str, split: Split) -> Sequence[Prompt]:
+        """The prompts of one domain, under their names in the mixture."""
+        return _Named(domain, self.tasks[domain].prompts(split))
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """Those of every domain."""
+        return list(itertools.chain(*(self.domain(domain, split) for domain in self.tasks)))
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        """The scaled reward, by the task of the prompt's domain."""
+        task, own = self._own(prompt)
+        return self.scales[prompt.domain] * task.score(own, completion)
+
+    def answer(self, prompt: Prompt, completion: str) -> str | None:
+        """The final answer, where the domain's task knows one."""
+        task, own = self._own(prompt)
+        find = getattr(task, "answer", None)
+        return None if find is None else find(own, completion)
+
+    def _own(self, prompt: Prompt) -> tuple[Task, Prompt]:
+        return self.tasks[prompt.domain], dataclasses.replace(
+            prompt, id=prompt.id.removeprefix(prompt.domain + "/"), domain=""
+        )
+
+
+class _Named(Sequence[Prompt]):
+    """The prompts of a domain, renamed when they are asked for."""
+
+    def __init__(self, domain: str, prompts: Sequence[Prompt]) -> None:
+        self._domain, self._prompts = domain, prompts
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        prompt = self._prompts[index]
+        return dataclasses.replace(prompt, id=f"{self._domain}/{prompt.id}", domain=self._domain)

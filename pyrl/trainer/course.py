@@ -1,0 +1,98 @@
+"""What changes in the course of a run: its stage, the budget, the credit and the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pyrl.algorithms import Budget, Credit, CriticCredit, ResetRule, blend
+from pyrl.trainer.config import Config, OptimizerConfig, Stage
+from pyrl.trainer.optimizer import MasterAdamW
+from pyrl.trainer.setting import Setting, make_budget, make_credit
+from pyrl.trainer.setup import Parts
+
+
+@dataclasses.dataclass
+class Course:
+    """The parts that have a state beside the weights; made anew where a stage begins."""
+
+    config: Config
+    parts: Parts
+    stage: int
+    setting: Setting
+    budget: Budget
+    credit: Credit
+    rule: ResetRule
+    """When the reference becomes the policy."""
+
+    @classmethod
+    def begin(cls, config: Config, parts: Parts, step: int) -> Course:
+        """As it is at the beginning of the stage of `step`."""
+        critic = None
+        if parts.critic is not None:
+            settings = config.optimizer.model_dump() | {"lr": config.critic.lr}
+            critic = CriticCredit(
+                parts.critic,
+                MasterAdamW(parts.critic, OptimizerConfig(**settings)),
+                **config.critic.model_dump(),
+            )
+        stage = config.stage(step)
+        now = config.at(step)
+        return cls(
+            config,
+            parts,
+            stage,
+            parts.settings[stage],
+            make_budget(now, parts.prompts.key),
+            make_credit(now, parts.policy.device, critic),
+            ResetRule(
+                patience=config.reset.patience,
+                min_delta=config.reset.min_delta,
+                drop_tol=config.reset.drop_tol,
+                every=config.reset.every,
+                kl_spike=config.reset.kl_spike,
+            ),
+        )
+
+    def enter(self, step: int) -> Stage | None:
+        """Goes on to the stage of `step`; returns it where it begins there."""
+        begins = self.config.begins_stage(step)
+        if begins is not None and self.stage != self.config.stage(step):
+            now = self.config.at(step)
+            self.stage = self.config.stage(step)
+            self.setting = self.parts.settings[self.stage]
+            self.budget = make_budget(now, self.parts.prompts.key)
+            self.credit = make_credit(now, self.parts.policy.device, self.credit)
+        return begins
+
+    def reason_to_reset(
+        self, step: int, heldout: Mapping[str, float] | None, kl: float | None
+    ) -> str | None:
+        """Why the reference is due, or None. heldout: mean reward by domain, where evaluated."""
+        if not self.config.reset.active:
+            return None
+        found = None
+        if heldout:
+            found = blend(heldout, self.config.reset.blend or None)
+        return self.rule.observe(step, validation=found, kl=kl)
+
+    def state_dict(self, resets: int) -> dict[str, Any]:
+        """For a checkpoint; the reference only where it is no longer the initial one."""
+        reference = self.parts.reference
+        return {
+            "stage": self.stage,
+            "budget": self.budget.state_dict(),
+            "credit": self.credit.state_dict(),
+            "rule": self.rule.state_dict(),
+            "reference": reference.state_dict() if reference is not None and resets else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave. A budget that belongs to a stage before is left out."""
+        if state["stage"] == self.stage:
+            self.budget.load_state_dict(state["budget"])
+        self.credit.load_state_dict(state["credit"])
+        self.rule.load_state_dict(state["rule"])
+        if state["reference"] is not None and self.parts.reference is not None:
+            self.parts.reference.load_state_dict(state["reference"])
