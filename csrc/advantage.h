@@ -43,7 +43,7 @@ struct GroupStats {
   double count = 0;
   double low = HUGE_VAL, high = -HUGE_VAL;
   double mean = 0, squares = 0;
-  double factor = 1;  // of the deviations: what grpo and rloo multiply by, once a group
+  double factor = 1;  // what grpo, scaled and rloo multiply by, once a group
 
   PYRL_HOST_DEVICE void add(double r) {
     if (r != r) return;
@@ -60,9 +60,10 @@ struct GroupStats {
     const bool equal = count == 0 || low == high;
     mean = count == 0 ? 0.0 : (equal ? low : first_mean() + deviation_sum / count);
     squares = equal ? 0.0 : deviation_squares - deviation_sum * deviation_sum / count;
-    if (b.method == kGrpo && alone()) {
+    const bool by_std = b.method == kGrpo || b.method == kScaled;
+    if (by_std && alone()) {
       factor = 1 / (1 + b.eps);
-    } else if (b.method == kGrpo) {
+    } else if (by_std) {
       const double scale = std::fabs(b.scale);
       factor = equal ? 0.0 : 1 / (scale * standard_deviation(squares, count, b.unbiased) + b.eps);
     } else if (b.method == kRloo) {
@@ -87,7 +88,8 @@ PYRL_HOST_DEVICE double centred(const GroupAdvantage& b, const GroupStats& group
 
 // The advantage of reward r (not NaN), or for `needs_batch` what the batch then scales:
 //   grpo (x - mean) / (std + eps) · mean x - mean · rloo x - mean of the others ·
-//   positive 1[x = max] · raw x · correct 1[x > 0] · batch_std, whiten_baseline x - mean · whiten x
+//   positive 1[x = max] · raw x · correct 1[x > 0] · batch_std, whiten_baseline x - mean ·
+//   whiten x · scaled x / (std + eps)
 PYRL_HOST_DEVICE double group_value(const GroupAdvantage& b, const GroupStats& group, double r) {
   switch (b.method) {
     case kPositive:
@@ -95,6 +97,8 @@ PYRL_HOST_DEVICE double group_value(const GroupAdvantage& b, const GroupStats& g
     case kRaw:
     case kWhiten:
       return mapped(b, r);
+    case kScaled:
+      return mapped(b, r) * group.factor;
     case kCorrect:
       return mapped(b, r) > 0 ? 1.0 : 0.0;
     default:

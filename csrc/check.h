@@ -206,7 +206,7 @@ inline GroupAdvantage advantage_batch(const Tensor& rewards, const std::optional
                                       double eps, int64_t filters, bool drop, double offset,
                                       double scale, AdvantageOutputs& out) {
   const int64_t n = rewards.numel(), groups = offsets.numel() - 1;
-  PYRL_CHECK(method >= kGrpo && method <= kCorrect, "method ", method, " is not one of 0..8");
+  PYRL_CHECK(method >= kGrpo && method <= kScaled, "method ", method, " is not one of 0..9");
   PYRL_CHECK(filters >= 0 && filters < 8, "filters ", filters, " is not a set of bits 1, 2, 4");
   PYRL_CHECK(groups >= 0, "offsets is empty");
   out = {output(rewards, {n}, ScalarType::Float), output(rewards, {n}, ScalarType::Bool),

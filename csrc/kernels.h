@@ -74,6 +74,7 @@ enum AdvantageMethod {
   kWhiten = 6,
   kWhitenBaseline = 7,
   kCorrect = 8,
+  kScaled = 9,
 };
 enum AdvantageFilter { kDropAllCorrect = 1, kDropAllWrong = 2, kDropZeroStd = 4 };  // bits
 

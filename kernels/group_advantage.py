@@ -21,6 +21,7 @@ METHODS = (
     "whiten",
     "whiten_baseline",
     "correct",
+    "scaled",
 )
 #: Sums and counts in the order of `metrics`.
 METRICS = (
@@ -35,7 +36,7 @@ METRICS = (
 )
 
 _METRICS = tl.constexpr(len(METRICS))
-_GRPO, _MEAN, _RLOO, _POSITIVE, _RAW, _BATCH_STD, _WHITEN, _WHITEN_BASELINE, _CORRECT = (
+_GRPO, _MEAN, _RLOO, _POSITIVE, _RAW, _BATCH_STD, _WHITEN, _WHITEN_BASELINE, _CORRECT, _SCALED = (
     tl.constexpr(i) for i in range(len(METHODS))
 )
 
@@ -62,12 +63,13 @@ def _value(r, count, mean, std, low, high, eps, offset, scale, METHOD: tl.conste
     alone = count <= 1
     mapped = offset + scale * r
     centred = tl.where(alone, mapped, scale * (r - mean))
-    if METHOD == _GRPO:
+    if METHOD == _GRPO or METHOD == _SCALED:  # noqa: SIM109  the compiler knows no `in`
+        above = centred if METHOD == _GRPO else mapped
         # Equal rewards: no 0 / 0 for eps = 0.
         equal = (low == high) & (count > 1)
         spread = tl.where(alone, 1.0, tl.abs(scale) * std)
         # One division a group, not one a reward.
-        value = tl.where(equal, 0.0, centred * (1.0 / (tl.where(equal, 1.0, spread) + eps)))
+        value = tl.where(equal, 0.0, above * (1.0 / (tl.where(equal, 1.0, spread) + eps)))
     elif METHOD == _RLOO:
         value = tl.where(alone, 0.0, centred * (count / tl.maximum(count - 1, 1.0)))
     elif METHOD == _POSITIVE:

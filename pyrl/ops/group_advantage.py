@@ -22,6 +22,7 @@ METHODS = (
     "whiten",
     "whiten_baseline",
     "correct",
+    "scaled",
 )
 #: In the order of the bits that native kernels read.
 FILTERS = ("drop_all_correct", "drop_all_wrong", "drop_zero_std")
@@ -67,13 +68,14 @@ def group_advantage(
         grpo      (r - mean_g) / (std_g + eps)          mean      r - mean_g (Dr.GRPO)
         rloo      r - mean of the group's others        positive  1[r = max_g] (RAFT)
         raw       r                                     correct   1[r > 0]
+        scaled    r / (std_g + eps), no mean
         batch_std (r - mean_g) / (std of all + eps)
         whiten    (r - mean of all) / (std of all + eps) (Reinforce++)
         whiten_baseline  x = r - mean_g, then (x - mean of all x) / (std of all x + eps)
                          (Reinforce++-baseline)
 
     `unbiased` standard deviations have ddof=1. A group, or batch, of one has mean 0 and std 1
-    (rloo: 0). Equal rewards of a group give exactly 0 for grpo, mean, rloo and batch_std, equal
+    (rloo: 0). Equal rewards of a group give exactly 0 for grpo, scaled, mean, rloo, batch_std, equal
     rewards of the batch for every method that subtracts a mean. "All" are the samples of this call.
     reward_map (a, b): methods read a + (b - a) r instead of r; (-1, 1) makes {0, 1} rewards signed,
     another problem for raw and Reinforce.

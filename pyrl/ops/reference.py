@@ -101,9 +101,11 @@ def group_advantage(
         alone = g.numel() == 1
         # A group of one has mean 0 and std 1; equal rewards deviate by exactly 0 from their mean.
         mean = torch.zeros_like(g) if alone else g if low == high else g.mean()
-        if method == "grpo":
+        if method in ("grpo", "scaled"):
             std = 1.0 if alone else g.std(correction=int(unbiased))
-            x[member] = torch.where(g == mean, 0.0, (g - mean) / (std + eps))
+            above = g - mean if method == "grpo" else g
+            flat_group = not alone and bool(low == high)
+            x[member] = torch.zeros_like(g) if flat_group else above / (std + eps)
         elif method == "rloo":
             others = (g.sum() - g) / max(g.numel() - 1, 1)
             x[member] = 0.0 if alone or low == high else g - others

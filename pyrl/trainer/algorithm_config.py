@@ -72,7 +72,7 @@ class RewardConfig(Section):
 class CriticConfig(Section):
     """PPO's critic, with advantage.method = "gae": a copy of the model with a value head."""
 
-    lr: NonNegativeFloat = 1e-5
+    lr: PositiveFloat = 1e-5
     """Learning rate, shaped by the optimizer's warm-up and schedule."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount."""

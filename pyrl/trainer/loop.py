@@ -117,7 +117,7 @@ def train_step(session: Session) -> None:
                 del out
             if part:
                 norms.append(session.optimizer.step(lr))
-                credit.learn(part, lr / config.optimizer.lr if config.optimizer.lr else 1.0)
+                credit.learn(rows[i], lr / config.optimizer.lr if config.optimizer.lr else 1.0)
     if not norms:
         session.console.message(f"step {step}: no update, {why_no_gradient(batch, config)}")
     elif not all(map(math.isfinite, norms)):

@@ -90,8 +90,8 @@ def test_refuses_what_it_would_misread(device: torch.device) -> None:
     r, order, offsets = torch.zeros(2).double(), torch.arange(2), torch.tensor([0, 2, 2])
     rest = (True, 1e-6, 0, False, 0.0, 1.0)
     terms = group_advantage.group_advantage_terms
-    with pytest.raises(ValueError, match="method=9: expected an index"):
-        terms(r, order, offsets, 9, *rest)
+    with pytest.raises(ValueError, match="method=10: expected an index"):
+        terms(r, order, offsets, 10, *rest)
     with pytest.raises(ValueError, match="filters=8: expected a set"):
         terms(r, order, offsets, 0, True, 1e-6, 8, False, 0.0, 1.0)
     with pytest.raises(ValueError, match=r"rewards: expected a contiguous torch\.float64"):

@@ -100,7 +100,7 @@ def test_bad_arguments_are_named():
         with pytest.raises(RuntimeError, match=match):
             terms(*arguments, *rest)
 
-    refuses("method 9 is not one of", rewards, order, offsets, 9)
+    refuses("method 10 is not one of", rewards, order, offsets, 10)
     refuses("filters 8 is not", rewards, order, offsets, 0, rest=(True, 0.0, 8, False, 0.0, 1.0))
     refuses("rewards must be float64", rewards.float(), order, offsets, 0)
     refuses(

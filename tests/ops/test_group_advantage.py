@@ -54,6 +54,9 @@ def within_group(r, x, method, unbiased, eps):
     mean = statistics.fmean(x) if len(x) > 1 else 0.0  # of equal fp32 numbers: exact
     if method == "grpo":
         return normalised(r, mean, spread(x, unbiased), eps)
+    if method == "scaled":
+        equal = len(x) > 1 and min(x) == max(x)
+        return 0.0 if equal else r / (spread(x, unbiased) + eps)
     if method == "rloo":
         return 0.0 if len(x) == 1 else r - (math.fsum(x) - r) / (len(x) - 1)
     if method == "positive":

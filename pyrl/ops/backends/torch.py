@@ -170,7 +170,8 @@ def group_advantage_terms(
 
     mapped = offset + scale * given
     value = torch.where(alone[group], mapped, scale * (given - mean[group]))
-    if name == "grpo":
+    if name in ("grpo", "scaled"):
+        value = value if name == "grpo" else mapped
         std = abs(scale) * (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
         std = torch.where(alone, 1.0, std)
         value = torch.where((flat & ~alone)[group], 0.0, value / (std + eps)[group])
