@@ -162,18 +162,16 @@ def swapped_in(model: nn.Module, adapters: Mapping[str, Tensor]) -> Iterator[Non
     """The adapters are these (`adapter_weights` by name) while it lasts: for forwards without a
     backward. The model's own are put aside, not written to: a graph made before keeps its values.
     """
-    places = [
-        (module, key, param, adapters[f"{name}.{key}"])
-        for name, module in model.named_modules()
-        for key, param in module._parameters.items()
-        if _is_adapter(f"{name}.{key}")
-    ]
+    swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     try:
-        for module, key, _, stand_in in places:
+        for name, stand_in in adapters.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            swapped.append((module, key, module._parameters[key]))
             module._parameters[key] = nn.Parameter(stand_in, requires_grad=False)
         yield
     finally:
-        for module, key, param, _ in places:
+        for module, key, param in swapped:
             module._parameters[key] = param
 
 
