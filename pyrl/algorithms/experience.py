@@ -84,13 +84,15 @@ def minibatches(
     order: Sequence[int] | None = None,
     mask_truncated: bool = False,
     whole_groups: bool = False,
+    dense: bool = False,
 ) -> list[Minibatch]:
     """The batch in `parts` minibatches whose sizes differ by at most one completion.
 
     Kept: not lost, not dropped by a filter and, with `mask_truncated`, ended by a stop token.
     The denominator of a part is its number of kept tokens (token_mean, weighted) or of kept
     completions (sequence_mean, sequence_sum, constant), at least 1. A kept completion is computed
-    only if it can have a gradient: its advantage is not 0, or the loss has a KL or entropy term.
+    only if it can have a gradient: its advantage is not 0, the loss has a KL or entropy term, or
+    with `dense`, where advantages are settled after packing.
     `order` permutes the groups before the split; a group stays together, so that its prompt is
     shared, except where a part ends inside it. With `whole_groups` no part does: a group belongs
     to the part in which its first completion falls.
@@ -98,7 +100,7 @@ def minibatches(
     if order is not None:
         groups = [groups[i] for i in order]
     flat = [(group, attempt) for group in groups for attempt in group.attempts]
-    dense = spec.needs_ref or spec.needs_entropy
+    dense = dense or spec.needs_ref or spec.needs_entropy
     by_tokens = spec.aggregation in ("token_mean", "weighted")
     result = []
     edges = [len(flat) * part // parts for part in range(parts + 1)]

@@ -3,12 +3,16 @@
 from pyrl.models.lora import Adapters
 from pyrl.models.policy import Head, Policy, load_policy, model_folder
 from pyrl.models.probe import check_model
+from pyrl.models.reference import AdapterSnapshot, FrozenCopy, Reference
 from pyrl.models.smollm2 import pyrl_cache_dir, smollm2_folder
 
 __all__ = [
+    "AdapterSnapshot",
     "Adapters",
+    "FrozenCopy",
     "Head",
     "Policy",
+    "Reference",
     "check_model",
     "load_policy",
     "model_folder",

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,6 +150,29 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of every layer, by their names in the model."""
+    return {name: p for name, p in model.named_parameters() if _is_adapter(name)}
+
+
+@contextlib.contextmanager
+def swapped_in(model: nn.Module, adapters: Mapping[str, Tensor]) -> Iterator[None]:
+    """The adapters are these (`adapter_weights` by name) while it lasts: for forwards without a
+    backward. The model's own are put aside, not written to: a graph made before keeps its values.
+    """
+    swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+    try:
+        for name, stand_in in adapters.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            swapped.append((module, key, module._parameters[key]))
+            module._parameters[key] = nn.Parameter(stand_in, requires_grad=False)
+        yield
+    finally:
+        for module, key, param in swapped:
+            module._parameters[key] = param
 
 
 @torch.no_grad()

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pyrl.models.files import quiet_transformers, whole_folder
-from pyrl.models.lora import Adapters, adapted_layers, attach, merged, save_adapter, switched_off
+from pyrl.models.lora import (
+    Adapters,
+    adapted_layers,
+    adapter_weights,
+    attach,
+    merged,
+    save_adapter,
+    swapped_in,
+    switched_off,
+)
 from pyrl.models.offload import Offload
 from pyrl.models.probe import check_policy
 from pyrl.models.smollm2 import SMOLLM2_135M, smollm2_folder
@@ -198,7 +207,7 @@ class Policy:
     def initial(self) -> Policy:
         """The policy with its adapters off, sharing `model`: a reference that costs no memory."""
         with self.without_adapters():
-            return _Initial(self.model, self.tokenizer)
+            return Snapshot(self.model, self.tokenizer)
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a plain Hugging Face folder (safetensors, config, tokenizer), whole or not at all.
@@ -232,13 +241,27 @@ class Policy:
         return {k: cast.get((v.data_ptr(), v.shape), v) for k, v in state.items()}
 
 
-class _Initial(Policy):
-    """A policy whose adapters are off whenever it computes."""
+@dataclasses.dataclass(eq=False)
+class Snapshot(Policy):
+    """A policy that shares another's model and computes, without gradient, with adapters of its
+    own in it, or with none."""
 
-    @torch.no_grad()  # a checkpoint's recomputation would find the adapters on
+    adapters: dict[str, Tensor] | None = None
+    """By name in the model; None: off, the initial weights."""
+
+    @torch.no_grad()  # a checkpoint's recomputation would find the model's own adapters
     def hidden(self, *args: Any, **kwargs: Any) -> Tensor:
-        with switched_off(self.model):
+        """As `Policy.hidden`."""
+        own = self.adapters
+        with switched_off(self.model) if own is None else swapped_in(self.model, own):
             return super().hidden(*args, **kwargs)
+
+    def refresh(self) -> None:
+        """The adapters <- a copy of the model's own. ValueError for a model without adapters."""
+        found = adapter_weights(self.model)
+        if not found:
+            raise ValueError("snapshot: this policy has no adapters, it trains all its weights")
+        self.adapters = {name: p.detach().clone() for name, p in found.items()}
 
 
 def model_folder(name: str) -> str:

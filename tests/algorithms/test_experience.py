@@ -119,3 +119,33 @@ def test_minibatches_share_out_everything_once():
     everything = [s.advantage for p in parts for s in p.samples]
     assert everything == [a.advantage for i in order for a in batch[i].attempts]
     assert sum(p.denominator for p in parts) == 15
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_whole_groups_stay_together(parts):
+    sizes = [3, 1, 4, 2, 5]
+    batch = [group(*[attempt(1, advantage=g + 1.0) for _ in range(n)]) for g, n in enumerate(sizes)]
+    order = [4, 0, 2, 1, 3]
+    minis = minibatches(batch, GRPO, parts=parts, order=order, whole_groups=True)
+    assert len(minis) == parts
+    found = [{s.advantage for s in mini.samples} for mini in minis]
+    assert sum(map(len, found)) == len(sizes)  # no group is in two parts
+    everything = [s.advantage for mini in minis for s in mini.samples]
+    assert everything == [g + 1.0 for g in order for _ in range(sizes[g])]
+    assert sum(len(mini.samples) for mini in minis) == 15
+    # A group belongs to the part in which its first completion falls.
+    edges = [15 * part // parts for part in range(parts + 1)]
+    starts = {g: sum(sizes[i] for i in order[:at]) for at, g in enumerate(order)}
+    for mini, low, high in zip(minis, edges, edges[1:], strict=False):
+        expected = [g for g in order if low <= starts[g] < high]
+        assert {int(s.advantage) - 1 for s in mini.samples} == set(expected)
+        assert mini.denominator == max(1, sum(sizes[g] for g in expected))
+
+
+def test_dense_computes_what_has_no_advantage_yet():
+    batch = [group(attempt(0, 3), attempt(0, 5), attempt(math.nan, 7, keep=False))]
+    (sparse,) = minibatches(batch, DAPO)
+    (dense,) = minibatches(batch, DAPO, dense=True)
+    assert sparse.samples == [] and len(dense.samples) == 2
+    assert sparse.denominator == dense.denominator == 8
+    assert dense.skipped_tokens == 4 + 7
