@@ -10,6 +10,8 @@ import tomli_w
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
+from pyrl.algorithms.pairs import LOSS as PAIR_LOSS
+from pyrl.algorithms.shaping import RewardTerms
 from pyrl.trainer.algorithm_config import (
     BudgetConfig,
     CriticConfig,
@@ -222,11 +224,12 @@ class Config(Section):
     def _parts_fit(self) -> None:
         loss, n = self.loss.spec(max_length=self.rollout.max_new_tokens), self.rollout.n
         if self.advantage.method == "pairs":
-            if (loss.objective, loss.aggregation) != ("reinforce", "sequence_sum") or loss.kl_coef:
+            dpo = {name: getattr(loss, name) for name in PAIR_LOSS} == PAIR_LOSS
+            if not dpo or loss.kl_coef or loss.entropy_coef:
                 raise ValueError(
                     "advantage.method = 'pairs' (iterative DPO) is computed through loss.objective "
                     "= 'reinforce', loss.aggregation = 'sequence_sum' and loss.kl_coef = 0; its "
-                    f"own settings are in [preference], got {loss.objective!r}, "
+                    f"own settings are in [preference]; got {loss.objective!r}, "
                     f"{loss.aggregation!r}, {loss.kl_coef:g}"
                 )
             if n < 2:
@@ -234,6 +237,8 @@ class Config(Section):
         if self.advantage.method in ("gae", "pairs") and self.advantage.filter:
             raise ValueError(f"advantage.filter = {self.advantage.filter}: "
                              f"advantage.method = {self.advantage.method!r} has none")  # fmt: skip
+        terms = RewardTerms(**self.reward.model_dump())
+        terms.terms(0, "stop", max_new_tokens=self.rollout.max_new_tokens, step=1)
         budget = self.budget
         if budget.kind != "uniform" and self.rollout.refill_rounds:
             raise ValueError(

@@ -57,7 +57,7 @@ def train_step(session: Session) -> None:
     gathered = gather(session, step)
     batch = gathered.batch
     terms = setting.terms.apply(
-        gathered.sampled, max_new_tokens=setting.params.max_new_tokens, step=step
+        gathered.sampled, max_new_tokens=config.rollout.max_new_tokens, step=step
     )
 
     # Advantages, minibatches (one optimizer update each), rows (one micro-batch each).
@@ -83,7 +83,7 @@ def train_step(session: Session) -> None:
     old: list[list[Tensor | None]] = [[None] * len(part) for part in rows]
     ref: list[list[Tensor | None]] = [[None] * len(part) for part in rows]
     with clock("logprob"):
-        if kl_to_step or not on_policy:
+        if kl_to_step or not on_policy or credit.needs_old:
             old = [[logprobs(policy, row, spec, backend) for row in part] for part in rows]
         if kl_to_step:
             ref = old

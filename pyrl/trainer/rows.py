@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -25,13 +26,16 @@ def pack_rows(
     """The samples in rows of at most `train.tokens_per_row` computed tokens, the largest first.
 
     A longer sample widens the rows to its size. Largest first: what does not fit into memory fails
-    at once.
+    at once. `sequence_ids` count in `samples`.
     """
     if not samples:
         return []
     sizes = [len(sample.prompt) + len(sample.completion) for sample in samples]
     if train.packing == "off":
-        rows = [pack([s], n, aligned=False).to(device) for s, n in zip(samples, sizes, strict=True)]
+        rows = []
+        for i, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
+            row = pack([sample], size, aligned=False).to(device)
+            rows.append(dataclasses.replace(row, sequence_ids=torch.tensor([i])))
     else:
         rows = list(
             pack(

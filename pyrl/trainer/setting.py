@@ -61,7 +61,9 @@ def make_credit(config: Config, device: object, critic: Credit | None) -> Credit
         assert critic is not None
         return critic
     if config.advantage.method == "pairs":
-        return PairCredit(**config.preference.model_dump())
+        return PairCredit(
+            **config.preference.model_dump(), mask_truncated=config.train.mask_truncated
+        )
     return GroupCredit(
         **config.advantage.model_dump(), device=str(device), backend=config.train.backend
     )
