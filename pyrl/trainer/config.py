@@ -226,11 +226,12 @@ class Config(Section):
         if self.advantage.method == "pairs":
             dpo = {name: getattr(loss, name) for name in PAIR_LOSS} == PAIR_LOSS
             if not dpo or loss.kl_coef or loss.entropy_coef:
+                given = {name: getattr(loss, name) for name in PAIR_LOSS}
                 raise ValueError(
-                    "advantage.method = 'pairs' (iterative DPO) is computed through loss.objective "
-                    "= 'reinforce', loss.aggregation = 'sequence_sum' and loss.kl_coef = 0; its "
-                    f"own settings are in [preference]; got {loss.objective!r}, "
-                    f"{loss.aggregation!r}, {loss.kl_coef:g}"
+                    f"advantage.method = 'pairs' (iterative DPO) is computed through [loss] "
+                    f"{PAIR_LOSS}, with no KL or entropy term; its own settings are in "
+                    f"[preference]. Here: {given}, kl_coef {loss.kl_coef:g}, entropy_coef "
+                    f"{loss.entropy_coef:g}"
                 )
             if n < 2:
                 raise ValueError(f"advantage.method = 'pairs' needs rollout.n >= 2, got {n}")

@@ -1,0 +1,211 @@
+"""Stages, mixtures and reference resets inside the loop."""
+
+import json
+
+import pytest
+import torch
+
+from pyrl.tasks import Mixture, get_task
+from pyrl.trainer.config import Config
+from pyrl.trainer.data import Prompts, PromptStream
+from pyrl.trainer.loop import train
+from pyrl.trainer.optimizer import MasterAdamW
+from pyrl.trainer.recipe import ConfigError, load
+
+pytestmark = pytest.mark.usefixtures("without_report")
+
+#: Keys of metrics.jsonl that tell about a machine, not about the run.
+CLOCKS = ("seconds", "tokens_per_second", "peak_rss_mib")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def numbers(folder):
+    return [
+        {k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics(folder)
+    ]
+
+
+def staged(make_config, stages, **overrides):
+    tree = make_config(**overrides).model_dump(mode="json", exclude_none=True)
+    tree["train"].pop("steps")
+    return Config.model_validate(tree | {"stages": stages})
+
+
+def test_a_stage_changes_what_it_names_and_nothing_else(make_config, tmp_path, console):
+    stages = [
+        {"steps": 1, "name": "short"},
+        {"steps": 1, "rollout": {"n": 2, "max_new_tokens": 3}, "optimizer": {"lr": 0.5}},
+        {"steps": 1},
+    ]
+    config = staged(make_config, stages)
+    assert config.train.steps == 3
+    train(config, tmp_path / "run", console=console)
+    rows = metrics(tmp_path / "run")
+    assert [row["samples"] for row in rows] == [16, 8, 16]
+    assert [row["samples_total"] for row in rows] == [16, 24, 40]
+    assert [row["lr"] for row in rows] == [0.01, 0.5, 0.01]
+    assert rows[1]["completion_length_mean"] <= 3 < rows[2]["completion_length_mean"]
+    assert "stage short: steps 1 to 1" in console.messages
+    assert load(tmp_path / "run/config.toml") == config
+
+
+def test_the_last_stage_goes_on_to_the_end_of_the_run(make_config):
+    config = staged(make_config, [{"steps": 1}, {"steps": 1, "rollout": {"n": 2}}])
+    assert [config.at(step).rollout.n for step in (1, 2, 9)] == [4, 2, 2]
+    assert [config.begins_stage(step) is not None for step in (1, 2, 3)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"steps": 1, "rollout": {"n": 0}}, r"stages\[1\]: rollout.n = 0"),
+        ({"steps": 1, "rollout": {"nn": 2}}, "rollout.nn: a stage may change prompts_per_step, n"),
+        ({"steps": 1, "model": {"name": "x"}}, "model"),
+        ({"steps": 1, "optimizer": {"betas": [0.1, 0.2]}}, "optimizer.betas: a stage may change"),
+        ({"steps": 0}, "stages.1.steps = 0"),
+        ({"rollout": {"n": 2}}, "stages.1.steps"),
+        ({"steps": 1, "loss": {"clip_low": 2}}, r"stages\[1\]: .*clip_low=2"),
+        ({"steps": 1, "reward": {"overlong_buffer": 99999}}, "overlong_buffer"),
+        ({"steps": 1, "task": {"mix": {"x": {"task": "letters"}}}}, "task"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(stage, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, None, stages=[{"steps": 1}, stage], task={"name": "letters"})
+
+
+def test_a_stage_may_begin_with_a_reset(make_config, tmp_path, console):
+    stages = [{"steps": 3}, {"steps": 2, "reset": True}]
+    config = staged(make_config, stages, loss__kl_coef=0.1)
+    train(config, tmp_path / "run", console=console)
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["kl"] == 0 and rows[1]["kl"] > 0 and rows[2]["kl"] > rows[1]["kl"]
+    assert rows[3]["kl"] == 0 and rows[4]["kl"] > 0
+    assert [row["reference_age"] for row in rows] == [0, 1, 2, 0, 1]
+    assert [row["reference_resets"] for row in rows] == [0, 0, 0, 1, 1]
+    assert any("reference reset with the optimizer" in text for text in console.messages)
+
+
+@pytest.mark.parametrize("adapters", [{}, {"model__lora_rank": 4}], ids=["full", "lora"])
+def test_resets_by_time_leave_a_kl_of_0_and_survive_resumption(
+    make_config, tmp_path, console, adapters
+):
+    if adapters:
+        pytest.importorskip("peft")
+    settings = {
+        "loss__kl_coef": 0.1, "reset__every": 2, "train__steps": 6, "train__checkpoint_every": 3,
+        "train__updates_per_step": 2, "advantage__method": "raw", **adapters,
+    }  # fmt: skip
+    whole = tmp_path / "whole"
+    train(make_config(**settings), whole, console=console)
+    rows = metrics(whole)
+    assert [row["reference_age"] for row in rows] == [0, 1, 0, 1, 0, 1]
+    for row in rows:  # the first update's samples are those of the reference, the second's are not
+        assert row["kl"] < 0.05 and (row["kl"] < rows[1]["kl"] or row["reference_age"] == 1)
+    broken = tmp_path / "broken"
+    train(make_config(**settings | {"train__steps": 3}), broken, console=console)
+    train(make_config(**settings), broken, resume=True, console=console)
+    assert numbers(broken) == numbers(whole)
+
+
+def test_a_stall_of_the_validation_resets(make_config, tmp_path, console):
+    config = make_config(
+        loss__kl_coef=0.1, optimizer__lr=0.0, train__steps=5, eval__prompts=2, eval__every=1,
+        eval__samples=2, reset__patience=2,
+    )  # fmt: skip
+    train(config, tmp_path / "run", console=console)
+    reasons = [text for text in console.messages if "reference reset" in text]
+    assert reasons and "has not improved" in reasons[0]
+
+
+def test_a_reset_of_the_optimizer_forgets_its_moments(make_config):
+    layer = torch.nn.Linear(3, 2)
+    fresh, used = (
+        MasterAdamW(layer, make_config().optimizer),
+        MasterAdamW(layer, make_config().optimizer),
+    )
+    layer(torch.ones(1, 3)).sum().backward()
+    used.step(0.1)
+    used.reset()
+    layer.zero_grad()
+    assert used.state_dict()["adam"]["state"] == fresh.state_dict()["adam"]["state"] == {}
+    layer(torch.ones(1, 3)).sum().backward()
+    assert used.step(0.1) > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reset.every": "2", "train.reference": "step"}, "is the current policy already"),
+        ({"reset.patience": "2"}, "set eval.every"),
+        ({"reset.blend": "{a = 1}", "reset.every": "1"}, "reset.blend.a: the domains are"),
+        ({"reset.kl_spike": "0.5"}, "reset.kl_spike = 0.5"),
+        ({"task.mix": "{letters = {}}", "task.name": "letters"}, "give one"),
+        ({"task.mix": "{letters = {weight = 0}}"}, "every weight is 0"),
+        ({"task.mix": '{"a b" = {task = "letters"}}'}, "expected a name of letters"),
+        ({"task.mix": "{letters = {scale = 0}}"}, "scale = 0"),
+        ({"task.name": "mixture"}, "needs the domains"),
+        ({"advantage.method": "pairs"}, "iterative DPO"),
+        ({"advantage.method": "gae", "advantage.filter": "['drop_zero_std']"}, "has none"),
+        ({"budget.kind": "gvm", "rollout.n": "8"}, "leaves nothing of rollout.n = 8"),
+        ({"budget.kind": "online", "rollout.refill_rounds": "1"}, "would replace them"),
+        ({"budget.beta": "1.5"}, "budget.beta = 1.5"),
+        ({"reward.overlong_buffer": "65"}, "overlong_buffer = 65"),
+        ({"reward.cosine_low": "1"}, "cosine_low"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, values)
+
+
+def test_a_mixture_draws_by_weight_and_scores_by_domain(make_config, tmp_path, console):
+    mix = "{ab = {task='letters', options={target='ab'}, weight=3}, rest = {task='letters', scale=2.0}}"
+    tree = {"task.mix": mix}
+    base = make_config().model_dump(mode="json", exclude_none=True, exclude={"task"})
+    config = load(None, tree, **base | {"train": {**base["train"], "steps": 4}})
+    train(config, tmp_path / "run", console=console)
+    rows = metrics(tmp_path / "run")
+    for row in rows:  # 4 prompts: 3 of one domain, 1 of the other, in every step to within one
+        assert row["groups"] == 4 and "reward_ab" in row
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").open()]
+    drawn = [s["prompt_id"].split("/")[0] for s in samples if s["phase"] == "train"]
+    assert drawn.count("ab") == 12 and drawn.count("rest") == 4
+
+
+def test_places_go_on_in_every_domain_and_weights_may_change(tiny):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    task = Mixture({"a": get_task("letters", train=5), "b": get_task("letters", train=3)})
+    streams = {d: PromptStream(task.domain(d, "train"), tokenizer, 50, 0, d) for d in "ab"}
+    prompts, drawn = Prompts(streams, seed=1), {}
+    first = prompts.take(drawn, 10, {"a": 1.0, "b": 1.0})
+    assert sorted(p for d, p in first if d == "a") == list(range(drawn["a"]))
+    assert abs(drawn["a"] - drawn["b"]) <= 2
+    before = dict(drawn)
+    later = prompts.take(drawn, 6, {"a": 0.0, "b": 1.0})
+    assert [d for d, _ in later] == ["b"] * 6 and drawn["a"] == before["a"]
+    again = dict(before)
+    assert prompts.take(again, 6, {"a": 0.0, "b": 1.0}) == later
+    assert prompts.at(("b", 0)).prompt.domain == "b"
+    assert prompts.key(("b", 0)) in {prompts.key(("b", p)) for p in range(3, 6)}
+    assert len(prompts) == 8
+
+
+def test_a_mixture_is_its_tasks():
+    task = Mixture(
+        {"a": get_task("letters", target="a"), "b": get_task("letters", target="b")}, {"b": 2.0}
+    )
+    prompt = {p.domain: p for p in task.prompts("heldout")}
+    assert task.trusted and task.score(prompt["a"], "aab") == pytest.approx(2 / 3)
+    assert task.score(prompt["b"], "aab") == pytest.approx(2 / 3)
+    assert prompt["a"].id.startswith("a/") and len(task.prompts("train")) == 128
+    assert task.answer(prompt["a"], "x") is None
+    with pytest.raises(ValueError, match=r"scales\['c'\]"):
+        Mixture({"a": get_task("letters")}, {"c": 1.0})
+    with pytest.raises(ValueError, match=r"scales\['a'\] = 0"):
+        Mixture({"a": get_task("letters")}, {"a": 0.0})
