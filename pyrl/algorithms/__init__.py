@@ -24,3 +24,4 @@ __all__ = [
     "blend",
     "minibatches",
 ]
+from pyrl.algorithms.budget import GVM, Budget, Draw, Online, PilotResult, Uniform

@@ -75,10 +75,10 @@ def prepare(config: Config) -> Parts:
     base = make_setting(config, policy.head(), stop)
     folder = getattr(policy.model, "name_or_path", "") or ""
     engine = make_rollout(
-        sampling.engine,
+        config.rollout.engine,
         policy=policy,
         model_path=folder if os.path.isdir(folder) else None,
-        **sampling.options,
+        **config.rollout.options,
     )
     text = policy.tokenizer.encode(CANARY, add_special_tokens=False)
     return Parts(

@@ -19,7 +19,7 @@ from pyrl.trainer.checkpoint import (
 
 
 def state(value):
-    rest = {"identity": {}, "progress": {}, "optimizer": {}}
+    rest = {"identity": {}, "progress": {}, "optimizer": {}, "parts": {}}
     return {"format": FORMAT, **rest, "x": torch.full((1000,), float(value))}
 
 
