@@ -16,7 +16,7 @@ from pyrl.trainer.checkpoint import FORMAT, CheckpointError, Checkpoints, write_
 from pyrl.trainer.config import Config
 from pyrl.trainer.console import Console
 from pyrl.trainer.data import derive_seed
-from pyrl.trainer.evaluate import evaluate, sample_rows
+from pyrl.trainer.evaluate import evaluate, heldout_metrics, sample_rows
 from pyrl.trainer.interrupt import StopRequest
 from pyrl.trainer.metrics import STEP_PHASES, Clock, peak_rss_mib
 from pyrl.trainer.optimizer import MasterAdamW
@@ -58,6 +58,8 @@ class Session:
     """Steps in a row, up to the last one, in which every completion was lost."""
     lost_reason: str = ""
     """Why, in the words of one of them."""
+    last_evaluation: dict[str, Any] | None = None
+    """Details of the newest held-out evaluation (see `evaluation_stats.describe`)."""
 
     @classmethod
     @contextlib.contextmanager
@@ -155,10 +157,14 @@ class Session:
                 self.parts.heldout,
                 self.parts.heldout_params,
                 seed=derive_seed(self.config.train.seed, 0, "held-out"),
+                success=self.config.eval.success,
             )
-        self.console.evaluation(label, found.result)
+        self.last_evaluation = found.details
+        step = self.progress.step
+        self.folder.append_evaluation({"step": step, "label": label, "details": found.details})
+        self.console.evaluation(label, found.result, found.details)
         if label in ("before", "after"):
-            rows = sample_rows(found.groups, self.progress.step, label, len(found.groups))
+            rows = sample_rows(found.groups, step, label, len(found.groups))
             self.folder.append_samples(rows)
         return found.result
 
@@ -180,9 +186,9 @@ class Session:
         now.sampled_tokens += metrics["sampled_tokens"]
         now.peak_rss_mib = max(now.peak_rss_mib, metrics["peak_rss_mib"])
         every = config.eval.every
-        if every and now.step % every == 0 and now.step < config.train.steps:
-            result = self.heldout(f"step {now.step}")
-            metrics |= {f"heldout_{k}": (result or {}).get(k) for k in ("mean", "low", "high")}
+        due = every and now.step % every == 0 and now.step < config.train.steps
+        if due and self.heldout(f"step {now.step}") and self.last_evaluation:
+            metrics |= heldout_metrics(self.last_evaluation)
         rows = sample_rows(sampled, now.step, "train", config.tracking.samples_per_step)
         self.folder.append_samples(rows)
         self.folder.append_metrics(metrics)
