@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """`pyrl eval MODEL`"""
+    """`pyrl eval MODEL`: 1 when no completion could be scored."""
     overrides = _overrides(args) | {"train.steps": "0", "model.name": repr(args.model)}
     if args.task:
         overrides["task.name"] = repr(args.task)
@@ -81,28 +81,27 @@ def evaluate(args: argparse.Namespace) -> int:
         if getattr(args, key) is not None:
             overrides[f"eval.{key}"] = str(getattr(args, key))
     config = recipe.load(args.recipe, overrides)
-    if config.eval.prompts == 0:
-        raise recipe.ConfigError("eval.prompts = 0: there is nothing to evaluate")
     import json
+    import math
 
-    from pyrl.trainer.console import evaluation_text
-    from pyrl.trainer.data import derive_seed
-    from pyrl.trainer.evaluate import evaluate as run
-    from pyrl.trainer.setup import prepare
+    from rich.console import Console
 
-    parts = prepare(config)
-    try:
-        seed = derive_seed(config.train.seed, 0, "held-out")
-        tokenizer = parts.policy.tokenizer
-        found = run(
-            parts.engine, parts.scorer, tokenizer, parts.heldout, parts.heldout_params, seed=seed
-        )
-    finally:
-        parts.close()
+    from pyrl.trainer.evaluation_page import as_json, write_evaluation
+    from pyrl.trainer.evaluation_run import print_evaluation, remarks, run_evaluation
+
+    progress = Console(stderr=True)  # standard output is for the result
+    with progress.status("starting") as status:  # draws on a terminal only
+        found, conditions = run_evaluation(config, lambda name: status.update(f"{name} …"))
     if args.json:
-        print(json.dumps({"model": args.model, "task": config.task.name, **found.result}))
+        print(json.dumps(as_json(found, conditions)))
     else:
-        print(f"{args.model} on {config.task.name}, held-out: {evaluation_text(found.result)}")
+        print_evaluation(Console(highlight=False), found, conditions)
+    if args.out is not None:
+        page = write_evaluation(args.out, found, conditions)
+        print(page, file=sys.stderr if args.json else sys.stdout)
+    if math.isnan(found.result["mean"]):
+        print(f"pyrl eval: {'; '.join(remarks(found))}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -186,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
         "eval",
         evaluate,
         "Score a model on a task's held-out prompts.",
-        "MODEL [--task NAME] [--recipe RECIPE.toml] [--json] [--section.key VALUE ...]",
+        "MODEL [--task NAME] [--recipe RECIPE.toml] [--json] [--out DIR] [--section.key VALUE ...]",
+        "Prints avg@k, pass@k, maj@k with 95% intervals, lengths and format, a row a domain.\n"
+        "With the --recipe of a run, RUN/config.toml, the numbers are those of its own evaluation.",
     )
     one.add_argument("model", help="Hugging Face id or folder, for example RUN/model")
     one.add_argument("--task", help="same as --task.name")
@@ -194,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--samples", type=int, help="same as --eval.samples")
     one.add_argument("--recipe", type=Path, help="recipe to take everything else from")
     one.add_argument("--json", action="store_true", help="print one JSON object")
+    one.add_argument("--out", type=Path, help="folder for eval.json, eval.html, samples.jsonl")
     _add_flags(one)
 
     one = command("report", report, "Write curves.png and report.html of a run again.", "RUN")

@@ -6,7 +6,7 @@ from pyrl.algorithms.credit import Credit, GroupCredit
 from pyrl.algorithms.critic import Critic, CriticCredit
 from pyrl.algorithms.experience import Attempt, Group, Minibatch, minibatches
 from pyrl.algorithms.pairs import PairCredit
-from pyrl.algorithms.reference import ResetRule, blend
+from pyrl.algorithms.reference import ResetRule
 from pyrl.algorithms.shaping import RewardTerms
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "ResetRule",
     "RewardTerms",
     "assign_advantages",
-    "blend",
     "minibatches",
 ]
 from pyrl.algorithms.budget import GVM, Budget, Draw, Online, PilotResult, Uniform

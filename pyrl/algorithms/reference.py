@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
 from typing import Any
 
 #: Steps since the last reset before a KL can be a spike: the median of fewer says little.
@@ -107,26 +106,6 @@ class ResetRule:
         self.best, self.newest = state["best"], state["newest"]
         self.stalled, self.last_reset = state["stalled"], state["last_reset"]
         self.kls = list(state["kls"])
-
-
-def blend(by_domain: Mapping[str, float], weights: Mapping[str, float] | None = None) -> float:
-    """sum_d w_d x_d / sum_d w_d: the validation of a task mixture as one number.
-
-    weights None: 1 for every domain; otherwise a domain that they leave out has weight 0, and its
-    figure is not looked at. ValueError for a weight of an unknown domain, one that is negative or
-    not finite, and for weights that add up to 0.
-    """
-    if weights is None:
-        weights = dict.fromkeys(by_domain, 1.0)
-    for name, weight in weights.items():
-        if name not in by_domain:
-            raise ValueError(f"weight of {name!r}: expected one of {sorted(by_domain)}")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weight of {name!r} = {weight!r}: expected a finite number >= 0")
-    total = math.fsum(weights.values())
-    if total <= 0:
-        raise ValueError(f"weights {dict(weights)} of {sorted(by_domain)} add up to 0")
-    return math.fsum(w * by_domain[name] for name, w in weights.items() if w > 0) / total
 
 
 def _finite(value: float | None) -> float | None:

@@ -20,7 +20,7 @@ class Mixture:
 
     def __init__(self, tasks: Mapping[str, Task], scales: Mapping[str, float] | None = None):
         self.tasks = dict(tasks)
-        self.scales = {domain: 1.0 for domain in self.tasks} | dict(scales or {})
+        self.scales = dict.fromkeys(self.tasks, 1.0) | dict(scales or {})
         for domain, scale in self.scales.items():
             if domain not in self.tasks or not scale > 0:
                 raise ValueError(f"scales[{domain!r}] = {scale}: expected a number > 0 for one of "
@@ -41,10 +41,12 @@ class Mixture:
         return self.scales[prompt.domain] * task.score(own, completion)
 
     def answer(self, prompt: Prompt, completion: str) -> str | None:
-        """The final answer, where the domain's task knows one."""
+        """The final answer. NotImplementedError where the domain's task has no notion of one."""
         task, own = self._own(prompt)
         find = getattr(task, "answer", None)
-        return None if find is None else find(own, completion)
+        if find is None:
+            raise NotImplementedError(f"the task of domain {prompt.domain!r} has no answers")
+        return find(own, completion)
 
     def _own(self, prompt: Prompt) -> tuple[Task, Prompt]:
         return self.tasks[prompt.domain], dataclasses.replace(

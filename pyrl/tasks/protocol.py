@@ -25,11 +25,13 @@ class Prompt:
     data: Mapping[str, Any] = field(default_factory=dict)
     """Parameters that `Task.score` reads. It must pickle: scoring may run in another process."""
     domain: str = ""
-    """The part of a mixture that it is from; evaluation has a row for each."""
+    """What kind of prompt it is: evaluations have a table a domain ("" = no kind)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
             raise ValueError(f"Prompt.id={self.id!r}: expected a non-empty string")
+        if not isinstance(self.domain, str):
+            raise ValueError(f"prompt {self.id!r}: domain={self.domain!r}: expected a string")
         if isinstance(self.messages, str):
             if not self.messages:
                 raise ValueError(f"prompt {self.id!r}: the text is empty")
@@ -59,6 +61,11 @@ def user_prompt(id: str, text: str, **data: Any) -> Prompt:
 class Task(Protocol):
     """Prompts and their rewards. A class attribute `trusted = True` declares that `score` cannot
     hang or crash, and lets it run inside the training process; see `pyrl.tasks.scoring`.
+
+    A task may also have `answer(prompt, completion) -> str | None`: the completion's final answer
+    in a canonical form (equal answers are equal strings), None where it gives none. Evaluations
+    then have maj@k and the share of completions with an answer. `NotImplementedError` says that
+    this prompt's kind of task has no notion of one. `trusted` covers it too.
     """
 
     name: str

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pyrl.tasks import worker
 from pyrl.tasks.protocol import Prompt, Task
@@ -18,6 +18,8 @@ from pyrl.tasks.registry import loaded_files
 
 if TYPE_CHECKING:
     from pebble import ProcessFuture, ProcessPool
+
+T = TypeVar("T")
 
 #: What a pure check raises when it has a bug. In-process scoring loses the sample for these.
 CHECK_ERRORS = (
@@ -37,6 +39,10 @@ class Score:
 
     reward: float
     error: str | None = None
+    answer: str | None = None
+    """The final answer, if it was asked for; None where the completion has none."""
+    answer_error: str | None = None
+    """Why it is not known whether, and what, the completion answers."""
 
 
 class Scorer:
@@ -66,25 +72,54 @@ class Scorer:
         if not deadline > 0:
             raise ValueError(f"deadline={deadline}: expected seconds > 0")
         self._task, self._workers, self._deadline, self._startup = task, workers, deadline, startup
+        #: Whether the task can tell a completion's final answer.
+        self.has_answers = callable(getattr(task, "answer", None))
         self._in_process = getattr(task, "trusted", False) is True
         self._payload = b"" if self._in_process else _pickled(task)
         self._pool: ProcessPool | None = None
         self._closed = False
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score]:
-        """The scores in the order of the items."""
+    def score(self, items: Sequence[tuple[Prompt, str]], *, answers: bool = False) -> list[Score]:
+        """The scores in the order of the items.
+
+        answers: also `task.answer(*items[i])`, in calls of their own after the rewards', each under
+        the same deadline, so that no reward depends on whether answers were asked for. A call that
+        fails leaves `answer_error`. ValueError when the task has no method `answer`.
+        """
         if self._closed:
             raise ValueError("this Scorer is closed")
+        if answers and not self.has_answers:
+            raise ValueError(f"task {self._task.name!r} has no method 'answer'")
         if not items:
             return []
         if self._in_process:
-            return [self._score_here(prompt, completion) for prompt, completion in items]
-        pool = self._started()
-        futures = [
-            pool.schedule(worker.score, args=(prompt, completion), timeout=self._deadline)
-            for prompt, completion in items
+            scores = [self._score_here(prompt, completion) for prompt, completion in items]
+        else:
+            found = self._mapped(worker.score, items, "the reward", math.nan)
+            scores = [Score(*pair) for pair in found]
+        if not answers:
+            return scores
+        told = (
+            [self._answer_here(prompt, completion) for prompt, completion in items]
+            if self._in_process
+            else self._mapped(worker.answer, items, "the answer", None)
+        )
+        return [
+            replace(score, answer=answer, answer_error=error)
+            for score, (answer, error) in zip(scores, told, strict=True)
         ]
-        return [self._result(future) for future in futures]
+
+    def _mapped(
+        self,
+        call: Callable[[Prompt, str], tuple[T, str | None]],
+        items: Sequence[tuple[Prompt, str]],
+        what: str,
+        missing: T,
+    ) -> list[tuple[T, str | None]]:
+        """`call` of every item in the processes; `missing` and the reason where it ended badly."""
+        pool = self._started()
+        futures = [pool.schedule(call, args=item, timeout=self._deadline) for item in items]
+        return [self._result(future, what, missing) for future in futures]
 
     def close(self) -> None:
         """Ends the processes, also in the middle of an item. May be called twice."""
@@ -107,6 +142,12 @@ class Scorer:
             return Score(*worker.judged(self._task.score(prompt, completion)))
         except CHECK_ERRORS as error:
             return Score(math.nan, worker.describe(error))
+
+    def _answer_here(self, prompt: Prompt, completion: str) -> tuple[str | None, str | None]:
+        try:
+            return worker.told(self._task.answer(prompt, completion))  # type: ignore[attr-defined]
+        except CHECK_ERRORS as error:
+            return None, worker.describe(error)
 
     def _started(self) -> ProcessPool:
         """The pool, after its processes have said that they can score."""
@@ -144,17 +185,19 @@ class Scorer:
             self._pool.join()
             self._pool = None
 
-    def _result(self, future: ProcessFuture[tuple[float, str | None]]) -> Score:
+    def _result(
+        self, future: ProcessFuture[tuple[T, str | None]], what: str, missing: T
+    ) -> tuple[T, str | None]:
         from pebble import ProcessExpired
 
         error = future.exception()
         if error is None:
-            return Score(*future.result())
+            return future.result()
         if isinstance(error, (TimeoutError, FutureTimeoutError)):
-            return Score(math.nan, f"the reward took longer than its {self._deadline:g} s")
+            return missing, f"{what} took longer than its {self._deadline:g} s"
         if isinstance(error, ProcessExpired):
-            return Score(math.nan, f"the reward ended its process: exit code {error.exitcode}")
-        return Score(math.nan, worker.describe(error))
+            return missing, f"{what} ended its process: exit code {error.exitcode}"
+        return missing, worker.describe(error)
 
 
 def _pickled(task: Task) -> bytes:

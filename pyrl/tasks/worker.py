@@ -1,4 +1,4 @@
-"""The inside of a scoring process (see `scoring`). It holds one task and calls its `score`."""
+"""The inside of a scoring process (see `scoring`): one task, and calls of its methods."""
 
 from __future__ import annotations
 
@@ -52,6 +52,25 @@ def score(prompt: Prompt, completion: str) -> tuple[float, str | None]:
         return judged(_task.score(prompt, completion))
     except BaseException as error:  # noqa: BLE001  whatever a reward raises costs one sample
         return math.nan, describe(error)
+
+
+def answer(prompt: Prompt, completion: str) -> tuple[str | None, str | None]:
+    """`told` of the task's answer; None and the reason when it cannot be told."""
+    if _task is None:
+        return None, f"the task could not be loaded: {_problem}"
+    try:
+        return told(_task.answer(prompt, completion))  # type: ignore[attr-defined]
+    except BaseException as error:  # noqa: BLE001  whatever the task raises costs one answer
+        return None, describe(error)
+
+
+def told(answer: Any) -> tuple[str | None, str | None]:
+    """(answer, None) for a string or None, else None and what is wrong with it."""
+    if answer is None:
+        return None, None
+    if isinstance(answer, str):
+        return str.__str__(answer), None  # of a subclass only the text
+    return None, f"the answer is no string: {short(answer)}"
 
 
 def judged(reward: Any) -> tuple[float, str | None]:

@@ -161,6 +161,8 @@ class EvalConfig(Section):
     """Steps between evaluations during training; 0 = only before and after."""
     temperature: PositiveFloat | None = None
     """Sampling temperature; none = the rollout's."""
+    success: float = 1.0
+    """Least reward of a completion that counts as a success in pass@k."""
 
 
 class TrackingConfig(Section):

@@ -78,13 +78,22 @@ def sparkline(values: list[float]) -> str:
     return "".join(SPARKS[round((value - low) * scale)] for value in values)
 
 
-def evaluation_text(result: Mapping[str, Any]) -> str:
-    """`0.312 [0.251, 0.374] on 64 prompts, 256 samples`, with what `result` has of it."""
+def evaluation_text(result: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> str:
+    """`0.312 [0.251, 0.374] on 64 prompts, 256 samples`, with what `result` has of it; after it
+    what `details` say of the greatest k: `, pass@4 0.580, maj@4 0.400`, and the domains' means."""
     text = number(result.get("mean"))
     if result.get("low") is not None and result.get("high") is not None:
         text += f" [{number(result['low'])}, {number(result['high'])}]"
     counts = [f"{result[k]:,} {k}" for k in ("prompts", "samples") if result.get(k) is not None]
-    return f"{text} on {', '.join(counts)}" if counts else text
+    text = f"{text} on {', '.join(counts)}" if counts else text
+    if details:
+        k = str(details["ks"][-1])
+        for name, what in (("pass", "pass"), ("maj", "majority")):
+            if k != "1" and details["overall"][what]:
+                text += f", {name}@{k} {number(details['overall'][what][k]['mean'])}"
+        means = [f"{name or '-'} {number(t['mean'])}" for name, t in details["domains"].items()]
+        text += f" ({', '.join(means)})" if means else ""
+    return text
 
 
 def warnings(metrics: Mapping[str, Any]) -> list[str]:
@@ -178,11 +187,13 @@ class Console:
         columns = 2 if self._out.width >= 100 and len(shown) > 4 else 1
         self._print(self._panel(shown, "pyrl train", "cyan", columns))
 
-    def evaluation(self, label: str, result: Mapping[str, Any]) -> None:
+    def evaluation(
+        self, label: str, result: Mapping[str, Any], details: Mapping[str, Any] | None = None
+    ) -> None:
         """A held-out evaluation: mean, interval, counts, and the change since the first one."""
         mean = result.get("mean")
         if not self.quiet:
-            text = Text.assemble((f"held-out {label}  ", "bold"), evaluation_text(result))
+            text = Text.assemble((f"held-out {label}  ", "bold"), evaluation_text(result, details))
             if self._before is not None and mean is not None:
                 change = mean - self._before
                 text.append(f"  ({change:+.3f})", "bold green" if change > 0 else "bold yellow")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pyrl.algorithms import Budget, Credit, CriticCredit, ResetRule, blend
+from pyrl.algorithms import Budget, Credit, CriticCredit, ResetRule
 from pyrl.trainer.config import Config, OptimizerConfig, Stage
 from pyrl.trainer.optimizer import MasterAdamW
 from pyrl.trainer.setting import Setting, make_budget, make_credit
@@ -66,16 +66,11 @@ class Course:
             self.credit = make_credit(now, self.parts.policy.device, self.credit)
         return begins
 
-    def reason_to_reset(
-        self, step: int, heldout: Mapping[str, float] | None, kl: float | None
-    ) -> str | None:
-        """Why the reference is due, or None. heldout: mean reward by domain, where evaluated."""
+    def reason_to_reset(self, step: int, validation: float | None, kl: float | None) -> str | None:
+        """Why the reference is due, or None. validation: blended held-out reward, if evaluated."""
         if not self.config.reset.active:
             return None
-        found = None
-        if heldout:
-            found = blend(heldout, self.config.reset.blend or None)
-        return self.rule.observe(step, validation=found, kl=kl)
+        return self.rule.observe(step, validation=validation, kl=kl)
 
     def state_dict(self, resets: int) -> dict[str, Any]:
         """For a checkpoint; the reference only where it is no longer the initial one."""

@@ -114,7 +114,7 @@ def measure(session: Session, groups: Sequence[Group]) -> dict[Place, PilotResul
     of_place: dict[Place, list[float]] = {group.place: [] for group in groups}
     for (group, _), norm in zip(accepted, norms, strict=True):
         of_place[group.place].append(norm)
-    scored = {place: 0 for place in of_place}
+    scored = dict.fromkeys(of_place, 0)
     for group in groups:
         scored[group.place] += sum(a.reward == a.reward for a in group.attempts)
     return {

@@ -180,8 +180,8 @@ def config_lines(text: str) -> list[tuple[str, str, str]]:
     return lines
 
 
-def render_page(values: Mapping[str, Any]) -> str:
-    """page/page.html with `values`, its style and script inlined.
+def render_page(values: Mapping[str, Any], name: str = "page.html") -> str:
+    """The template `name` of page/ with `values`, the pages' style and script inlined.
 
     The page's Content-Security-Policy allows that one script by its hash and no request at all, so
     text from a model cannot act even if some markup slipped through.
@@ -195,7 +195,7 @@ def render_page(values: Mapping[str, Any]) -> str:
     )
     script = (PAGE / "page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html").render(
+    return environment.get_template(name).render(
         **values,
         style=Markup((PAGE / "page.css").read_text("utf-8")),
         script=Markup(script),

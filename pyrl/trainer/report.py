@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from pyrl.trainer import charts as charting
-from pyrl.trainer import html, packing_view
+from pyrl.trainer import heldout_view, html, packing_view
 from pyrl.trainer.charts import CHARTS, UNPLOTTED, Chart, finite, label
 from pyrl.trainer.console import duration, number
 from pyrl.trainer.curves import write_curves
 from pyrl.trainer.html import safe_text
+from pyrl.trainer.samples_view import prompt_text, reward_range, sample_view
 from pyrl.trainer.tracking import RunFolder, RunRecord, write_atomic
 
 MAX_PROMPTS = 100
 SHOWN_PROMPTS = 6
 MAX_SAMPLES = 4
 MAX_TRAINING_SAMPLES = 24
-MAX_CHARACTERS = 4000
 MAX_TABLE_ROWS = 200
 TABLE = (
     "reward_mean", "reward_std", "kl", "entropy", "loss", "grad_norm", "lr",
@@ -74,7 +74,7 @@ def _charts(record: RunRecord) -> list[Chart]:
     extra = [
         Chart(key.replace("_", " "), ((key, key),))
         for key in keys
-        if not key.startswith("seconds_")
+        if not key.startswith(("seconds_", "heldout_"))
         and any(finite(m.get(key)) is not None for m in record.metrics)
     ]
     return [*CHARTS, *extra]
@@ -117,6 +117,7 @@ def _page(record: RunRecord) -> dict[str, Any]:
         "status": _status(record),
         "facts": _facts(record),
         "headline": _headline(record),
+        "heldout": heldout_view.view(record.evaluations),
         "charts": charts,
         "still": [(safe_text(name), label(value)) for name, value in still],
         "smoothing": charting.smoothing_span(len(metrics))
@@ -273,42 +274,10 @@ def _checks(record: RunRecord) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _sample(sample: Mapping[str, Any], low: float, high: float) -> dict[str, Any]:
-    reward = finite(sample.get("reward"))
-    place = (
-        100.0 if high == low else 100 * ((low if reward is None else reward) - low) / (high - low)
-    )
-    reason = sample.get("finish_reason")
-    return {
-        "text": safe_text(sample.get("completion", ""), MAX_CHARACTERS),
-        "reward": None if reward is None else label(reward),
-        "place": round(place, 1),
-        "reason": None if reason is None else safe_text(reason, 40),
-        "error": safe_text(sample["error"], 200) if sample.get("error") else None,
-        "step": sample.get("step"),
-    }
-
-
-def _prompt_text(prompt: Any) -> str:
-    """A prompt given as text, or as chat messages."""
-    if isinstance(prompt, list):
-        parts = [m if isinstance(m, dict) else {"content": m} for m in prompt]
-        prompt = "\n".join(
-            f"{m.get('role', '')}: {m.get('content', '')}".removeprefix(": ") for m in parts
-        )
-    return safe_text("" if prompt is None else prompt, MAX_CHARACTERS)
-
-
-def _range(samples: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The scale of the reward meters: 0 to 1 unless the rewards leave it."""
-    rewards = [y for s in samples if (y := finite(s.get("reward"))) is not None]
-    return min([0.0, *rewards]), max([1.0, *rewards])
-
-
 def _prompts(record: RunRecord) -> list[dict[str, Any]]:
     """Held-out prompts in the file's order (not by how well they turned out), each with its
     completions before and after training; of several evaluations, the first and the last."""
-    low, high = _range(record.samples)
+    low, high = reward_range(record.samples)
     edge = {"before": min, "after": max}
     chosen: dict[str, list[dict[str, Any]]] = {}
     for phase, pick in edge.items():
@@ -325,12 +294,12 @@ def _prompts(record: RunRecord) -> list[dict[str, Any]]:
             rewards = [y for s in own if (y := finite(s.get("reward"))) is not None]
             means.append(statistics.fmean(rewards) if rewards else None)
             if own:
-                entry.setdefault("prompt", _prompt_text(own[0].get("prompt")))
+                entry.setdefault("prompt", prompt_text(own[0].get("prompt")))
             entry["sides"].append(
                 {
                     "name": phase,
                     "mean": None if means[-1] is None else label(means[-1]),
-                    "samples": [_sample(s, low, high) for s in own[:MAX_SAMPLES]],
+                    "samples": [sample_view(s, low, high) for s in own[:MAX_SAMPLES]],
                     "more": max(0, len(own) - MAX_SAMPLES),
                 }
             )
@@ -347,10 +316,10 @@ def _training_samples(record: RunRecord) -> list[dict[str, Any]]:
     """Some of the training samples, evenly spread over the run."""
     samples = [s for s in record.samples if s.get("phase") == "train"]
     count = min(len(samples), MAX_TRAINING_SAMPLES)
-    low, high = _range(record.samples)
+    low, high = reward_range(record.samples)
     spread = sorted({round(i * (len(samples) - 1) / max(1, count - 1)) for i in range(count)})
     return [
-        {**_sample(samples[i], low, high), "prompt": _prompt_text(samples[i].get("prompt"))}
+        {**sample_view(samples[i], low, high), "prompt": prompt_text(samples[i].get("prompt"))}
         for i in spread
     ]
 

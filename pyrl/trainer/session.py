@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pyrl.trainer.config import Config
 from pyrl.trainer.console import Console
 from pyrl.trainer.course import Course
 from pyrl.trainer.data import derive_seed
-from pyrl.trainer.evaluate import evaluate, sample_rows
+from pyrl.trainer.evaluate import evaluate, heldout_metrics, sample_rows
 from pyrl.trainer.interrupt import StopRequest
 from pyrl.trainer.metrics import STEP_PHASES, Clock, peak_rss_mib
 from pyrl.trainer.optimizer import MasterAdamW
@@ -58,14 +58,15 @@ class Session:
     """Stage, budget, credit, reference."""
     last_kl: float | None = None
     """Of the step that was logged last."""
-    last_evaluation: Mapping[str, float] | None = None
-    """Held-out mean by domain, where the last step ended with an evaluation."""
     refused: int = -1
     """Last step whose checkpoint the disk refused."""
     lost_steps: int = 0
     """Steps in a row, up to the last one, in which every completion was lost."""
     lost_reason: str = ""
     """Why, in the words of one of them."""
+    last_evaluation: dict[str, Any] | None = None
+    """Details of the held-out evaluation that the last step ended with, if it did
+    (see `evaluation_stats.describe`)."""
 
     @classmethod
     @contextlib.contextmanager
@@ -183,7 +184,8 @@ class Session:
     def reset_if_due(self) -> None:
         """After a step: the reference becomes the policy where `[reset]` says so."""
         step = self.progress.step
-        reason = self.course.reason_to_reset(step, self.last_evaluation, self.last_kl)
+        validation = self.last_evaluation and self.last_evaluation["blended"]["mean"]
+        reason = self.course.reason_to_reset(step, validation, self.last_kl)
         if reason is not None:
             self.reset_reference(reason)
 
@@ -216,10 +218,15 @@ class Session:
                 self.parts.heldout,
                 self.parts.heldout_params,
                 seed=derive_seed(self.config.train.seed, 0, "held-out"),
+                success=self.config.eval.success,
+                weights=self.config.reset.blend or None,
             )
-        self.console.evaluation(label, found.result)
+        self.last_evaluation = found.details
+        step = self.progress.step
+        self.folder.append_evaluation({"step": step, "label": label, "details": found.details})
+        self.console.evaluation(label, found.result, found.details)
         if label in ("before", "after"):
-            rows = sample_rows(found.groups, self.progress.step, label, len(found.groups))
+            rows = sample_rows(found.groups, step, label, len(found.groups))
             self.folder.append_samples(rows)
         return found.result
 
@@ -247,10 +254,9 @@ class Session:
         now.peak_rss_mib = max(now.peak_rss_mib, metrics["peak_rss_mib"])
         self.last_kl, self.last_evaluation = metrics.get("kl"), None
         every = config.eval.every
-        if every and now.step % every == 0 and now.step < config.train.steps:
-            result = self.heldout(f"step {now.step}")
-            metrics |= {f"heldout_{k}": (result or {}).get(k) for k in ("mean", "low", "high")}
-            self.last_evaluation = {"": (result or {})["mean"]}
+        due = every and now.step % every == 0 and now.step < config.train.steps
+        if due and self.heldout(f"step {now.step}") and self.last_evaluation:
+            metrics |= heldout_metrics(self.last_evaluation)
         rows = sample_rows(sampled, now.step, "train", config.tracking.samples_per_step)
         self.folder.append_samples(rows)
         self.folder.append_metrics(metrics)

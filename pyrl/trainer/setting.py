@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable
 
-from pyrl.algorithms import GVM, Budget, Credit, GroupCredit, Online, PairCredit, RewardTerms, Uniform
+from pyrl.algorithms import (
+    GVM,
+    Budget,
+    Credit,
+    GroupCredit,
+    Online,
+    PairCredit,
+    RewardTerms,
+    Uniform,
+)
 from pyrl.models.policy import Head
 from pyrl.ops.spec import LossSpec
 from pyrl.rollout import SamplingParams

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from pyrl.algorithms import Critic
-from pyrl.models import AdapterSnapshot, Adapters, FrozenCopy, Policy, Reference, load_policy
+from pyrl.models import Adapters, AdapterSnapshot, FrozenCopy, Policy, Reference, load_policy
 from pyrl.models.probe import check_policy
 from pyrl.ops.backend import select
 from pyrl.rollout import Canary, Rollout, SamplingParams, check_options, make_rollout
@@ -64,8 +64,8 @@ def prepare(config: Config) -> Parts:
     prompts, heldout = _prompts(config, list(stages.values()), task, policy)
     reference: Reference | None = None
     if config.needs_ref and config.train.reference == "initial":
-        reference = AdapterSnapshot(policy) if policy.has_adapters else FrozenCopy(
-            _load(config, device)
+        reference = (
+            AdapterSnapshot(policy) if policy.has_adapters else FrozenCopy(_load(config, device))
         )
     critic = None
     if config.advantage.method == "gae":

@@ -4,9 +4,10 @@
     metrics.jsonl   one JSON object a step         model/         a plain Hugging Face folder
     samples.jsonl   one JSON object a completion   summary.json   the run in one object
     packing.json    the rows of two steps          report.html, curves.png   see report.py
+    evaluations.jsonl   one JSON object a held-out evaluation, with everything known of it
 
 The files are the truth: everything else (console, report, sinks) can be rebuilt from them. A full
-disk costs no row of the two .jsonl files: what it refuses waits in memory (see backlog.py). Nothing
+disk costs no row of the .jsonl files: what it refuses waits in memory (see backlog.py). Nothing
 here imports torch, so that reading a run is quick.
 """
 
@@ -54,7 +55,8 @@ def plain(value: Any, key: str = "value") -> Any:
     raise TypeError(f"{key}: a {type(value).__name__}{shape} cannot be written as JSON")
 
 
-def _encode(record: Mapping[str, Any], indent: int | None = None) -> bytes:
+def encode(record: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """A line of a .jsonl file, or a whole .json file; see `plain`."""
     text = json.dumps(plain(record, "record"), ensure_ascii=False, allow_nan=False, indent=indent)
     # Text decoded from sampled bytes may hold a lone surrogate, which UTF-8 cannot; its
     # backslashreplace form, \udxxx, is also JSON's own escape.
@@ -161,6 +163,8 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     """One per step, ascending; where a step was written twice (a resumed run) the last holds."""
     samples: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    """step, label, details (see evaluation_stats.py) of each, in their order."""
     summary: dict[str, Any]
     """Empty while the run has not finished."""
     packing: dict[str, Any]
@@ -182,15 +186,16 @@ class RunFolder:
         self.config_path = self.path / "config.toml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
+        self.evaluations_path = self.path / "evaluations.jsonl"
         self.summary_path = self.path / "summary.json"
         self.packing_path = self.path / "packing.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.model_path = self.path / "model"
         self.report_path = self.path / "report.html"
         self.curves_path = self.path / "curves.png"
+        self._logs = (self.metrics_path, self.samples_path, self.evaluations_path)
         self._rows = {
-            path: Backlog(path.name, functools.partial(_append, path), tell)
-            for path in (self.metrics_path, self.samples_path)
+            path: Backlog(path.name, functools.partial(_append, path), tell) for path in self._logs
         }
         self._first_packing: Any = None
         self._rows[self.packing_path] = Backlog(
@@ -211,11 +216,15 @@ class RunFolder:
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, in the file when this returns; see `plain` for the values."""
-        self._rows[self.metrics_path].put([_encode(values)])
+        self._rows[self.metrics_path].put([encode(values)])
 
     def append_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """One line of samples.jsonl each, written together."""
-        self._rows[self.samples_path].put([_encode(sample) for sample in samples])
+        self._rows[self.samples_path].put([encode(sample) for sample in samples])
+
+    def append_evaluation(self, values: Mapping[str, Any]) -> None:
+        """One line of evaluations.jsonl: `step`, `label`, `details`."""
+        self._rows[self.evaluations_path].put([encode(values)])
 
     def flush(self) -> None:
         """Another attempt to write what a full disk refused."""
@@ -229,7 +238,7 @@ class RunFolder:
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
         """summary.json, replaced as a whole."""
-        write_atomic(self.summary_path, _encode(values, indent=2))
+        write_atomic(self.summary_path, encode(values, indent=2))
 
     def write_packing(self, values: Mapping[str, Any]) -> None:
         """packing.json, replaced as a whole: `values`, which have a `step`, as its `latest`; its
@@ -241,17 +250,17 @@ class RunFolder:
         step = first.get("step") if isinstance(first, dict) else None
         if not isinstance(step, int) or step >= values["step"]:
             self._first_packing = values
-        newest = _encode({"first": self._first_packing, "latest": values})
+        newest = encode({"first": self._first_packing, "latest": values})
         self._rows[self.packing_path].put([newest])
 
     def truncate_after(self, step: int) -> None:
-        """Drops the metrics and samples of steps > `step`, so that a resumed run appends to them.
+        """Drops what is recorded of steps > `step`, so that a resumed run appends to it.
 
-        Samples of the evaluation "after" go too: that comes after the last step, and comes again.
+        The evaluation "after" and its samples go too: it follows the last step, and comes again.
         A half-written last line, left by a killed run, is dropped too. Any other line that is not a
         JSON object is a ValueError naming the file and line: it is not this method's to throw away.
         """
-        for path in (self.metrics_path, self.samples_path):
+        for path in self._logs:
             if not path.exists():
                 continue
             kept: list[bytes] = []
@@ -265,7 +274,7 @@ class RunFolder:
                     continue
                 # A record without a step belongs to none, so no step's truncation removes it.
                 past = record.get("step") is None or record["step"] <= step
-                if past and record.get("phase") != "after":
+                if past and "after" not in (record.get("phase"), record.get("label")):
                     kept.append(line if line.endswith(b"\n") else line + b"\n")
             write_atomic(path, b"".join(kept))
 
@@ -275,9 +284,9 @@ class RunFolder:
         return max((s for s in steps if isinstance(s, int)), default=None)
 
     def set_aside(self) -> list[str]:
-        """Renames metrics.jsonl and samples.jsonl so that a run can start again and nothing is
-        lost; the new names, `metrics.1.jsonl` and so on."""
-        found = [path for path in (self.metrics_path, self.samples_path) if path.exists()]
+        """Renames the .jsonl files so that a run can start again and nothing is lost; the new
+        names, `metrics.1.jsonl` and so on."""
+        found = [path for path in self._logs if path.exists()]
 
         def name(path: Path, count: int) -> Path:
             return path.with_name(f"{path.stem}.{count}.jsonl")
@@ -292,7 +301,12 @@ class RunFolder:
         """Everything the files hold, tolerant of missing files and unreadable lines."""
         metrics, bad_metrics = read_jsonl(self.metrics_path)
         samples, bad_samples = read_jsonl(self.samples_path)
-        unreadable = {self.metrics_path.name: bad_metrics, self.samples_path.name: bad_samples}
+        evaluations, bad_evaluations = read_jsonl(self.evaluations_path)
+        unreadable = {
+            self.metrics_path.name: bad_metrics,
+            self.samples_path.name: bad_samples,
+            self.evaluations_path.name: bad_evaluations,
+        }
         objects: dict[Path, dict[str, Any]] = {}
         for path in (self.summary_path, self.packing_path):
             try:
@@ -308,6 +322,7 @@ class RunFolder:
             config=config,
             metrics=[by_step[step] for step in sorted(by_step)],
             samples=samples,
+            evaluations=evaluations,
             summary=objects[self.summary_path],
             packing=objects[self.packing_path],
             unreadable={name: lines for name, lines in unreadable.items() if lines},

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyrl.algorithms import ResetRule, blend
+from pyrl.algorithms import ResetRule
 
 few = settings(deadline=None, max_examples=60)
 FIGURE = st.one_of(st.none(), st.just(math.nan), st.floats(0, 1).map(lambda x: round(x, 2)))
@@ -130,35 +130,3 @@ def test_a_resumed_rule_says_the_same(options, steps, cut):
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         ResetRule(**options)
-
-
-def test_blend():
-    figures = {"math": 0.5, "code": 0.2, "logic": math.nan}
-    assert math.isnan(blend(figures))
-    assert blend({"math": 0.5, "code": 0.2}) == pytest.approx(0.35)
-    assert blend(figures, {"math": 3.0, "code": 1.0}) == pytest.approx(1.7 / 4)
-    assert blend(figures, {"math": 3.0, "logic": 0.0}) == 0.5
-    for weights, message in (
-        ({"maths": 1.0}, r"weight of 'maths': expected one of \['code', 'logic', 'math'\]"),
-        ({"math": -1.0}, "weight of 'math' = -1.0"),
-        ({"math": math.inf}, "weight of 'math' = inf"),
-        ({"math": 0.0}, "add up to 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            blend(figures, weights)
-
-
-@few
-@given(
-    st.dictionaries(
-        st.text(max_size=2), st.tuples(st.floats(0, 1), st.floats(0.01, 9)), min_size=1
-    ),
-    st.floats(0.1, 10),
-)
-def test_a_blend_is_a_mean(pairs, scale):
-    figures = {name: x for name, (x, _) in pairs.items()}
-    weights = {name: w for name, (_, w) in pairs.items()}
-    value = blend(figures, weights)
-    assert min(figures.values()) - 1e-12 <= value <= max(figures.values()) + 1e-12
-    scaled = {name: w * scale for name, w in weights.items()}
-    assert blend(figures, scaled) == pytest.approx(value, abs=1e-12)

@@ -37,7 +37,9 @@ def test_equal_rewards_give_exactly_zero(backend):
 
 
 @pytest.mark.parametrize("backend", serving())
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("raw", "positive", "correct", "scaled")])
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m not in ("raw", "positive", "correct", "scaled")]
+)
 def test_a_large_mean_costs_no_digits(backend, method):
     g = torch.Generator().manual_seed(0)
     # Multiples of 2^-10: adding 2^20 is exact in float64, so both advantages are the same number.

@@ -121,6 +121,45 @@ class Bad(Good):
         child.wait()
 
 
+class Answers(Bad):
+    """The completion says how reward and answer misbehave: "REWARD ANSWER"."""
+
+    def score(self, prompt, completion):
+        return super().score(prompt, completion.split()[0])
+
+    def answer(self, prompt, completion):
+        return getattr(self, "say_" + completion.split()[1])()
+
+    def say_four(self):
+        return "4"
+
+    def say_nothing(self):
+        return None
+
+    def say_subclass(self):
+        class Loud(str):
+            def __str__(self):
+                return "loud"
+
+        return Loud("quiet")
+
+    def say_number(self):
+        return 4
+
+    def say_not_here(self):
+        raise NotImplementedError("no notion of an answer")
+
+    def say_hang(self):
+        time.sleep(600)
+
+    def say_exit(self):
+        os._exit(4)
+
+
+class TrustedAnswers(Answers):
+    trusted = True
+
+
 class Broken(Good):
     """It pickles, and cannot be unpickled."""
 

@@ -11,6 +11,7 @@ from pyrl.tasks import LazyPrompts, Prompt, split_prompts, user_prompt
         (("", "text"), "Prompt.id=''"),
         (("a", ""), "prompt 'a': the text is empty"),
         (("a", ()), "there are no messages"),
+        (("a", "text", {}, None), "prompt 'a': domain=None: expected a string"),
         (("a", ({"role": "user"},)), r"messages\[0\].*no string 'content'"),
         (
             ("a", ({"role": "user", "content": "x"}, "hi")),

@@ -171,6 +171,42 @@ def test_trusted_tasks_are_scored_right_here():
             check(score, expected)
 
 
+#: completion → reward (None: lost), answer, a part of the answer's error.
+ANSWERS = {
+    "fine four": (0.5, "4", None),
+    "fine nothing": (0.5, None, None),
+    "raise four": (None, "4", None),
+    "fine subclass": (0.5, "quiet", None),
+    "fine number": (0.5, None, "the answer is no string: int 4"),
+    "fine not_here": (0.5, None, "NotImplementedError: no notion of an answer"),
+    "fine hang": (0.5, None, "the answer took longer than its 2 s"),
+    "fine exit": (0.5, None, "the answer ended its process: exit code 4"),
+    "true four": (1.0, "4", None),
+}
+
+
+@pytest.mark.parametrize("name", ["Answers", "TrustedAnswers"])
+def test_answers_come_beside_the_rewards_and_cost_none(name):
+    task = get_task(f"{OWN}:{name}")
+    texts = [t for t in ANSWERS if name == "Answers" or t.split()[1] not in ("hang", "exit")]
+    with Scorer(task, deadline=2.0) as scorer:
+        assert scorer.has_answers
+        scores = scorer.score(items(task, *texts), answers=True)
+        for score, (reward, answer, error) in zip(scores, map(ANSWERS.get, texts), strict=True):
+            assert score.reward == reward if reward is not None else math.isnan(score.reward)
+            assert score.answer == answer and type(score.answer) in (str, type(None))
+            assert (score.answer_error is None) == (error is None)
+            assert (error or "") in (score.answer_error or "")
+        plain = scorer.score(items(task, "fine four"))[0]
+        assert (plain.reward, plain.answer, plain.answer_error) == (0.5, None, None)
+
+
+def test_answers_of_a_task_without_any(bad, scorer):
+    assert not scorer.has_answers
+    with pytest.raises(ValueError, match="task 'good' has no method 'answer'"):
+        scorer.score(items(bad, "fine"), answers=True)
+
+
 def test_options_travel_to_the_process():
     task = get_task(f"{OWN}:Good", bonus=0.25)
     prompt = task.prompts("train")[0]

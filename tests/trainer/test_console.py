@@ -76,6 +76,21 @@ def test_a_pipe_gets_plain_lines() -> None:
     assert "absent" not in text
 
 
+def test_an_evaluation_with_its_details_is_still_one_line() -> None:
+    out, raw = pipe()
+    table = {"mean": 0.3, "pass": {"4": {"mean": 0.58}}, "majority": {"4": {"mean": 0.4}}}
+    details = {"ks": [1, 4], "overall": table, "domains": {"code": {"mean": None}, "": table}}
+    Console(1, rich_console=out).evaluation("before", BEFORE, details)
+    Console(1, rich_console=out).evaluation(
+        "after", BEFORE, {"ks": [1], "overall": {**table, "majority": None}, "domains": {}}
+    )
+    assert raw.getvalue().decode() == (
+        "held-out before  0.312 [0.251, 0.374] on 64 prompts, 256 samples, pass@4 0.580, "
+        "maj@4 0.400 (code -, - 0.300)\n"
+        "held-out after  0.312 [0.251, 0.374] on 64 prompts, 256 samples\n"
+    )
+
+
 def test_a_dumb_terminal_counts_as_a_pipe() -> None:
     out = RichConsole(
         file=io.StringIO(), force_terminal=True, highlight=False, _environ={"TERM": "dumb"}

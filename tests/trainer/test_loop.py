@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from pyrl.algorithms import credit
 from pyrl.models import Policy
 from pyrl.rollout import CanaryError
 from pyrl.trainer import loop, report, session, tracking
@@ -260,18 +261,18 @@ def test_a_sink_that_is_not_installed_stops_before_the_first_step(
 
 
 def test_advantages_are_computed_where_the_policy_is(make_config, tmp_path, console, monkeypatch):
-    seen, real = [], loop.assign_advantages
+    seen, real = [], credit.assign_advantages
 
     def recorded(groups, **options):
         seen.append(options["device"])
         return real(groups, **options)
 
-    monkeypatch.setattr(loop, "assign_advantages", recorded)
+    monkeypatch.setattr(credit, "assign_advantages", recorded)
     with Session.open(
         make_config(), tmp_path / "run", resume=False, console=console
     ) as open_session:
         train_step(open_session)
-        assert seen == [open_session.parts.policy.device]
+        assert seen == [str(open_session.parts.policy.device)]
 
 
 def test_samples_per_step_are_that_many(make_config, tmp_path, console):

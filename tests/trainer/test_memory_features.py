@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyrl.models import load_policy
+from pyrl.models import FrozenCopy, load_policy
 from pyrl.trainer import rows as micro_batches
 from pyrl.trainer import setup
 from pyrl.trainer.config import Config
@@ -58,11 +58,10 @@ def test_the_reference_without_a_second_model_is_the_second_model(
 
     def prepare(config):
         parts = real(config)
-        assert parts.reference is not None and parts.reference.model is parts.policy.model
+        assert parts.reference is not None and parts.reference.policy.model is parts.policy.model
         copy = setup._load(config, torch.device("cpu"))
-        copy.model.requires_grad_(False)
         references.append(copy)
-        return setup.dataclasses.replace(parts, reference=copy)
+        return setup.dataclasses.replace(parts, reference=FrozenCopy(copy))
 
     monkeypatch.setattr("pyrl.trainer.session.prepare", prepare)
     train(config, tmp_path / "copied", console=console)

@@ -23,9 +23,7 @@ def metrics(folder):
 
 
 def numbers(folder):
-    return [
-        {k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics(folder)
-    ]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics(folder)]
 
 
 def staged(make_config, stages, **overrides):
@@ -203,7 +201,8 @@ def test_a_mixture_is_its_tasks():
     assert task.trusted and task.score(prompt["a"], "aab") == pytest.approx(2 / 3)
     assert task.score(prompt["b"], "aab") == pytest.approx(2 / 3)
     assert prompt["a"].id.startswith("a/") and len(task.prompts("train")) == 128
-    assert task.answer(prompt["a"], "x") is None
+    with pytest.raises(NotImplementedError, match="domain 'a'"):
+        task.answer(prompt["a"], "x")
     with pytest.raises(ValueError, match=r"scales\['c'\]"):
         Mixture({"a": get_task("letters")}, {"c": 1.0})
     with pytest.raises(ValueError, match=r"scales\['a'\] = 0"):

@@ -130,6 +130,21 @@ def test_truncate_drops_the_last_evaluation_which_comes_again(tmp_path: Path) ->
     assert [s["phase"] for s in lines(run.samples_path)] == ["before", "train"]
 
 
+def test_evaluations_are_kept_as_the_other_rows_are(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step, label in ((0, "before"), (2, "step 2"), (4, "step 4"), (5, "after")):
+        run.append_evaluation({"step": step, "label": label, "details": {"mean": float("nan")}})
+    assert run.read().evaluations[0] == {"step": 0, "label": "before", "details": {"mean": None}}
+    run.truncate_after(3)
+    assert [e["label"] for e in run.read().evaluations] == ["before", "step 2"]
+    run.append_evaluation({"step": 3, "label": "after", "details": {}})
+    run.truncate_after(3)
+    assert [e["label"] for e in run.read().evaluations] == ["before", "step 2"]
+    assert run.set_aside() == ["evaluations.1.jsonl"]
+    run.evaluations_path.write_bytes(b"[]\n")
+    assert run.read().unreadable == {"evaluations.jsonl": [1]}
+
+
 def test_set_aside_never_overwrites(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.set_aside() == [] and run.last_step() is None

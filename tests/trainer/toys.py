@@ -56,3 +56,40 @@ class NoHeldout(Toy):
 class Empty(Toy):
     def prompts(self, split):
         return []
+
+
+class Domains(Toy):
+    """Two kinds of prompts, one of which has answers: the first letter of the completion."""
+
+    def prompts(self, split):
+        return LazyPrompts(
+            8, lambda i: Prompt(f"{split}-{i}", f"{i} {split}", domain=("even", "odd")[i % 2])
+        )
+
+    def score(self, prompt, completion):
+        if prompt.domain == "even":
+            return float((self.answer(prompt, completion) or "z").lower() < "n")
+        return sum(c.isalpha() for c in completion) / max(1, len(completion))
+
+    def answer(self, prompt, completion):
+        if prompt.domain == "odd":
+            raise NotImplementedError("an odd prompt has no answer")
+        return next((c for c in completion if c.isalpha()), None)
+
+
+class Hostile(Toy):
+    """Everything that a task may say is markup."""
+
+    HTML = '</td></script><img src="//evil" onerror=alert(1)>{{ 7 * 7 }}'
+
+    def prompts(self, split):
+        return [Prompt(f"{split} {i} {self.HTML}", f"{self.HTML} {split} {i}", domain=self.HTML)
+                for i in range(4)]  # fmt: skip
+
+    def score(self, prompt, completion):
+        if len(completion) % 2:
+            raise RuntimeError(self.HTML)
+        return 1.0 / (1 + len(completion))
+
+    def answer(self, prompt, completion):
+        return self.HTML
