@@ -314,6 +314,8 @@ def test_histograms_count_every_value():
         assert all(top >= 0 and top + high <= 100.001 for bar in view["bars"]
                    for _, top, high in bar["boxes"])  # fmt: skip
     assert views.histogram("h", "", [("a", "s0", [])]) is None
+    gaps = views.histogram("h", "", [("a", "s0", [2, 2, 5])])
+    assert [text for _, text in gaps["x"]] == ["2", "3", "4", "5"]  # a length that is missing shows
 
 
 def test_curves_of_one_k_and_of_none():
