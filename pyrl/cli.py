@@ -81,6 +81,7 @@ def evaluate(args: argparse.Namespace) -> int:
         if getattr(args, key) is not None:
             overrides[f"eval.{key}"] = str(getattr(args, key))
     config = recipe.load(args.recipe, overrides)
+    import io
     import json
     import math
 
@@ -95,6 +96,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_json(found, conditions)))
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a log that cannot hold a dash gets a "?"
         print_evaluation(Console(highlight=False), found, conditions)
     if args.out is not None:
         page = write_evaluation(args.out, found, conditions)

@@ -94,7 +94,7 @@ def _page(
         "k": details["ks"][-1],
         "success": label(details["success"]),
         "facts": facts,
-        "remarks": [safe_text(text, 400) for text in remarks(found)],
+        "remarks": remarks(found),
         "tables": _tables(details, ks, votes),
         "blended": _blended(details),
         "charts": _charts(found, ks),

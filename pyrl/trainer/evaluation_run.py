@@ -70,14 +70,14 @@ def run_evaluation(
 
 
 def remarks(found: Evaluation) -> list[str]:
-    """What the tables leave out, in words."""
+    """What the tables leave out, in words; what a task raised is made safe to show."""
     details, overall = found.details, found.details["overall"]
     said = []
     if overall["lost"]:
         said.append(f"samples lost: {overall['lost']:,} (first reason: {details['lost_reason']})")
     if details["answers_absent"]:
         said.append(f"no maj@k: {details['answers_absent']}")
-    return said
+    return [safe_text(text, 400) for text in said]
 
 
 def print_evaluation(
@@ -99,8 +99,7 @@ def print_evaluation(
         console.print(_domains(details, console.width))
         console.print()
     for text in remarks(found):
-        # What a reward raised may hold control characters, which a terminal would obey.
-        console.print(Text(safe_text(text, 400), style="yellow"), soft_wrap=True)
+        console.print(Text(text, style="yellow"), soft_wrap=True)
     c = conditions
     console.print(
         Text(

@@ -163,19 +163,24 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 def _bins(values: Sequence[float]) -> tuple[list[float], list[str], list[tuple[float, str]]]:
     """Bins of sorted values: lower edges, names, and (share of the width, text) of the labels.
 
-    A bin reaches to the next one's edge, the last has no end. One bin a value where there are few
-    different ones, else about `BINS` equal ones, between whole numbers if the values are whole.
+    A bin reaches to the next one's edge, the last has no end. One bin a whole number where they lie
+    close, one a value where there are few different ones, else about `BINS` equal ones, between
+    whole numbers if the values are whole.
     """
     distinct = sorted(set(values))
     first, reach = distinct[0], distinct[-1] - distinct[0]
-    if len(distinct) <= BINS // 2 and (len(distinct) < len(values) or len(values) < 3):
+    whole = all(float(v).is_integer() for v in distinct)
+    if whole and reach < BINS:
+        distinct = [first + i for i in range(int(reach) + 1)]
+    few = len(distinct) <= BINS // 2 and (len(distinct) < len(values) or len(values) < 3)
+    if few or (whole and reach < BINS):
         names = [label(v) for v in distinct]
         ticks = [((i + 0.5) / len(names), name) for i, name in enumerate(names)]
         return distinct, names, ticks[:: math.ceil(len(ticks) / 8)]
-    if all(float(v).is_integer() for v in distinct):
-        width = max(1, math.ceil((reach + 1) / BINS))
+    if whole:
+        width = math.ceil((reach + 1) / BINS)
         edges = [first + i * width for i in range(math.ceil((reach + 1) / width))]
-        names = [f"{e:,.0f} to {e + width - 1:,.0f}" if width > 1 else f"{e:,.0f}" for e in edges]
+        names = [f"{e:,.0f} to {e + width - 1:,.0f}" for e in edges]
     else:
         edges = [first + i * reach / BINS for i in range(BINS)]
         names = [f"{label(e)} to {label(e + reach / BINS)}" for e in edges]
