@@ -23,4 +23,3 @@ __all__ = [
     "assign_advantages",
     "minibatches",
 ]
-from pyrl.algorithms.budget import GVM, Budget, Draw, Online, PilotResult, Uniform

@@ -75,8 +75,9 @@ def group_advantage(
                          (Reinforce++-baseline)
 
     `unbiased` standard deviations have ddof=1. A group, or batch, of one has mean 0 and std 1
-    (rloo: 0). Equal rewards of a group give exactly 0 for grpo, scaled, mean, rloo, batch_std, equal
-    rewards of the batch for every method that subtracts a mean. "All" are the samples of this call.
+    (rloo: 0). Equal rewards of a group give exactly 0 for grpo, scaled, mean, rloo and batch_std,
+    equal rewards of the batch for every method that subtracts a mean. "All" are the samples of this
+    call.
     reward_map (a, b): methods read a + (b - a) r instead of r; (-1, 1) makes {0, 1} rewards signed,
     another problem for raw and Reinforce.
     filter, on the rewards as given: drop_all_correct (every r > 0), drop_all_wrong (every r <= 0),

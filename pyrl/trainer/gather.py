@@ -83,6 +83,7 @@ class Pilot:
         self.samples = self.tokens = 0
 
     def __call__(self, places: Sequence[Place], count: int) -> list[PilotResult]:
+        """`count` completions of each place."""
         draws = [Draw(place, count) for place in places]
         groups = sample(self.session, self.step, draws, "pilot")
         attempts = [attempt for group in groups for attempt in group.attempts]

@@ -160,7 +160,10 @@ def test_settings_that_cannot_be_are_named(values, message):
 
 
 def test_a_mixture_draws_by_weight_and_scores_by_domain(make_config, tmp_path, console):
-    mix = "{ab = {task='letters', options={target='ab'}, weight=3}, rest = {task='letters', scale=2.0}}"
+    mix = (
+        "{ab = {task='letters', options={target='ab'}, weight=3}, "
+        "rest = {task='letters', scale=2.0}}"
+    )
     tree = {"task.mix": mix}
     base = make_config().model_dump(mode="json", exclude_none=True, exclude={"task"})
     config = load(None, tree, **base | {"train": {**base["train"], "steps": 4}})
