@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 from pyrl.tasks.protocol import Prompt, Split, Task
 
@@ -63,8 +64,14 @@ class _Named(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        prompt = self._prompts[index]
+            return [self._named(prompt) for prompt in self._prompts[index]]
+        return self._named(self._prompts[index])
+
+    def _named(self, prompt: Prompt) -> Prompt:
         return dataclasses.replace(prompt, id=f"{self._domain}/{prompt.id}", domain=self._domain)

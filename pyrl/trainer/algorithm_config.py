@@ -19,12 +19,13 @@ class BudgetConfig(Section):
     """uniform: rollout.n each; gvm: n_i by the gradient's variance, estimated on a pilot of every
     shard of prompts (arXiv 2505.02391); online: the same from what training itself sampled of the
     prompt before, without a pilot."""
-    method: Literal["gvm", "neyman"] = "gvm"
-    """n_i in proportion to G/sqrt(p + alpha/p^(beta-1)), or to the standard deviation alone."""
     alpha: PositiveFloat = 1e-3
-    """Regularises prompts that are hardly ever solved."""
+    """n_i is in proportion to G/sqrt(p + alpha/p^(beta-1)): regularises prompts that are hardly
+    ever solved."""
     beta: float = Field(default=2.0, ge=2)
     """Exponent of that regularisation."""
+    maximum: PositiveInt | None = None
+    """Completions of one prompt at most; none = as many as its share of the shard."""
     gradient: Literal["lm_head", "embed", "all"] = "lm_head"
     """Parameters whose gradient's norm is G: the head (a forward suffices), the input embedding, or
     all that is trained."""
@@ -33,14 +34,15 @@ class BudgetConfig(Section):
     pilot_samples: PositiveInt = 8
     """gvm: completions of each prompt in the pilot."""
     steps: PositiveInt = 9
-    """gvm: steps that one pilot serves; their prompts are the shard."""
+    """gvm: steps that one pilot serves; their prompts are the shard. A run whose steps are no
+    multiple of it pays for a pilot that it does not use up."""
     count_pilot: bool = True
     """gvm: the pilot's completions are taken out of the shard's rollout.n a prompt, which must be
     more than pilot_samples; otherwise they come on top."""
     drop_easy: float | None = Field(default=None, gt=0, le=1)
-    """Prompts with a greater accept rate get nothing."""
+    """gvm: prompts with a greater accept rate get nothing."""
     drop_hard: float | None = Field(default=None, ge=0)
-    """Prompts of which fewer than this many of rollout.n completions would be accepted get
+    """gvm: prompts of which fewer than this many of rollout.n completions would be accepted get
     nothing."""
     group_size: NonNegativeInt = 0
     """0: one group of n_i; k: groups of k, the last with what is left over."""

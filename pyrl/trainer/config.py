@@ -69,7 +69,8 @@ class AdvantageConfig(Section):
     correct 1[r>0]; batch_std (r-mean)/(std of the batch+eps); whiten: by the batch's mean and std;
     scaled r/(std+eps); whiten_baseline: r-mean of the group, whitened; gae: a critic's, a value a
     token (PPO); pairs: best against worst of the group (iterative DPO). Where it is not given,
-    `loss.preset` decides: raft and raft++ positive, dr_grpo mean, rloo rloo, ppo gae, all others grpo."""
+    `loss.preset` decides: raft and raft++ positive, dr_grpo mean, rloo rloo, ppo gae, all others
+    grpo."""
     filter: list[Literal["drop_all_correct", "drop_all_wrong", "drop_zero_std"]] = Field(
         default_factory=list
     )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pyrl.algorithms import Draw, Group, PilotResult
+from pyrl.algorithms import Draw, Group, PilotResult, Place, accepted_weights
 from pyrl.packing import Sample
 from pyrl.trainer.data import derive_seed
 from pyrl.trainer.evaluate import score_groups
@@ -14,8 +14,6 @@ from pyrl.trainer.gradient_norms import gradient_norms
 
 if TYPE_CHECKING:
     from pyrl.trainer.session import Session
-
-Place = tuple[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +68,13 @@ def sample(session: Session, step: int, draws: Sequence[Draw], purpose: str) -> 
         )
     with session.clock("score"):
         groups = score_groups(parts.scorer, parts.policy.tokenizer, prompts, completions)
-    for group, draw in zip(groups, draws, strict=True):
-        group.place, group.weight = draw.place, draw.weight
+    weights = [draw.weight for draw in draws]
+    budget = session.setting.config.budget
+    if budget.prompt_weight == "inverse_accepted":
+        accepted = [sum(a.reward >= budget.accept for a in group.attempts) for group in groups]
+        weights = accepted_weights(draws, accepted)
+    for group, draw, weight in zip(groups, draws, weights, strict=True):
+        group.place, group.weight = draw.place, weight
     return groups
 
 

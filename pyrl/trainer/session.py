@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pyrl.algorithms import Budget, Credit, Group
+from pyrl.algorithms import Budget, Credit, Group, Place
 from pyrl.packing import PackedBatch
 from pyrl.trainer.checkpoint import FORMAT, CheckpointError, Checkpoints, write_aside
 from pyrl.trainer.config import Config
@@ -165,7 +165,7 @@ class Session:
         """What a step's rewards make its tokens worth."""
         return self.course.credit
 
-    def take(self, count: int) -> list[tuple[str, int]]:
+    def take(self, count: int) -> list[Place]:
         """The places of the next `count` prompts, by the weights of the mixture."""
         mix = self.setting.config.task.mix
         weights = {domain: part.weight for domain, part in mix.items()}
@@ -184,7 +184,8 @@ class Session:
     def reset_if_due(self) -> None:
         """After a step: the reference becomes the policy where `[reset]` says so."""
         step = self.progress.step
-        validation = self.last_evaluation and self.last_evaluation["blended"]["mean"]
+        found = self.last_evaluation
+        validation = None if found is None else found["blended"]["mean"]
         reason = self.course.reason_to_reset(step, validation, self.last_kl)
         if reason is not None:
             self.reset_reference(reason)

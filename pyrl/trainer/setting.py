@@ -59,7 +59,7 @@ def make_budget(config: Config, key: Callable[[tuple[str, int]], Hashable]) -> B
         return Uniform(prompts, n)
     if config.budget.kind == "gvm":
         return GVM(prompts, n, **settings)
-    for name in ("pilot_samples", "steps", "count_pilot"):
+    for name in ("pilot_samples", "steps", "count_pilot", "drop_easy", "drop_hard"):
         del settings[name]
     return Online(prompts, n, key=key, **settings)
 

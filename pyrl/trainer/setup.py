@@ -19,7 +19,7 @@ from pyrl.rollout import Canary, Rollout, SamplingParams, check_options, make_ro
 from pyrl.tasks import Mixture, Scorer, Split, Task, get_task
 from pyrl.trainer.config import Config
 from pyrl.trainer.data import EncodedPrompt, Prompts, PromptStream, derive_seed
-from pyrl.trainer.setting import Setting, make_setting
+from pyrl.trainer.setting import Setting, make_budget, make_setting
 
 #: Re-scored after every sync; any text will do, as long as it never changes.
 CANARY = "The quick brown fox jumps over the lazy dog, and nobody was surprised."
@@ -59,8 +59,10 @@ def prepare(config: Config) -> Parts:
     device = _device(config.model.device)
     select(config.train.backend, device)
     task = _task(config)
-    policy = _load(config, device)
     stages = {i: config.at(step) for i, step in _first_steps(config)}
+    for stage in stages.values():
+        make_budget(stage, hash)  # only checks its settings
+    policy = _load(config, device)
     prompts, heldout = _prompts(config, list(stages.values()), task, policy)
     reference: Reference | None = None
     if config.needs_ref and config.train.reference == "initial":
