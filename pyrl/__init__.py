@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyrl.algorithms.allocate import allocate_budget
     from pyrl.losses import (
         PRESETS,
         LossSpec,
@@ -46,6 +47,7 @@ _HOME = {
     "PolicyLoss": "pyrl.losses",
     "Sample": "pyrl.packing",
     "Support": "pyrl.ops.support",
+    "allocate_budget": "pyrl.algorithms.allocate",
     "backends": "pyrl.ops.backend",
     "full_weight": "pyrl.ops.sharded",
     "gae": "pyrl.ops.gae",
@@ -81,6 +83,7 @@ __all__ = [
     "PolicyLoss",
     "Sample",
     "Support",
+    "allocate_budget",
     "backends",
     "full_weight",
     "gae",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
@@ -96,11 +97,19 @@ class Rollout(Protocol):
         """The version given to the last `sync`; 0 before the first."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        seed: int,
+        counts: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """`params.n` completions for each prompt, in order. The same seed draws the same noise.
+        """`counts[i]` (default `params.n`) completions of prompt i, in order; 0 gives [].
 
-        Raises ValueError for an empty prompt or one that leaves no room in the model's context.
+        The same seed draws the same noise: a function of (seed, prompt index, sample index),
+        whatever the counts.
+        Raises ValueError for an empty prompt or one that leaves no room in the model's context, and
+        for counts of another length or with a negative one.
         """
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -123,3 +132,19 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_length: int) -> None:
                 f"prompts[{i}] has {len(prompt)} tokens; the context holds {max_length}, "
                 "of which at least one must be left to sample"
             )
+
+
+def check_counts(counts: Sequence[int] | None, prompts: int, n: int) -> list[int]:
+    """Completions of each of `prompts` prompts, `n` without counts. ValueError for a bad one."""
+    if counts is None:
+        return [n] * prompts
+    if len(counts) != prompts:
+        raise ValueError(f"counts: {len(counts)} numbers for {prompts} prompts")
+    for i, count in enumerate(counts):
+        try:
+            whole = operator.index(count)  # numpy's integers too
+        except TypeError:
+            whole = -1
+        if isinstance(count, bool) or whole < 0:
+            raise ValueError(f"counts[{i}]={count!r}: expected an integer >= 0")
+    return [int(count) for count in counts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,15 @@ def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
     mask = (1 << 64) - 1
     key = np.array([seed & mask, ((prompt & 0xFFFFFFFF) << 32) | (sample & 0xFFFFFFFF)], np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(count, dtype=np.float32)
+
+
+def request_seed(seed: int, prompt: int) -> int:
+    """vLLM's 62-bit seed for prompt number `prompt`, to which it adds 0..n-1 for its samples.
+
+    Hashed, so that neighbouring seeds and prompts do not share their samples' noise.
+    """
+    digest = hashlib.blake2b(f"{seed}:{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
 
 
 def sample(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

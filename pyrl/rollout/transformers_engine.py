@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decode_attention import KVCache, decoding, using
-from .protocol import Completion, RolloutError, SamplingParams, check_prompts
+from .protocol import Completion, RolloutError, SamplingParams, check_counts, check_prompts
 from .sampling import sample, uniforms
 
 #: Fewer rows than this are not worth a worker: each of them reads all the weights.
@@ -116,13 +116,19 @@ class TransformersEngine:
 
     # -- sampling ----------------------------------------------------------------------------
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        seed: int,
+        counts: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """See `Rollout.generate`; noise is a function of (seed, prompt index, sample index)."""
+        """See `Rollout.generate`."""
         check_prompts(prompts, self.policy.max_length)
-        done: list[list[Completion | None]] = [[None] * params.n for _ in prompts]
+        wanted = check_counts(counts, len(prompts), params.n)
+        done: list[list[Completion | None]] = [[None] * count for count in wanted]
         with decoding(self.policy.model):
-            for batch in self._batches(prompts, params.n):
+            for batch in self._batches(prompts, wanted):
                 parts = self._parts(batch)
                 jobs = [(prompts, part, params, seed) for part in parts]
                 for part, completions in zip(parts, self._run_all(jobs), strict=True):
@@ -130,10 +136,12 @@ class TransformersEngine:
                         done[row.prompt][row.sample] = completion
         return done  # type: ignore[return-value]
 
-    def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[_Row]]:
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> Iterator[list[_Row]]:
         """Rows sorted by prompt length, equal prompts adjacent, at most `max_rows` at a time."""
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
-        rows = [_Row(i, j) for i in order for j in range(n)]
+        rows = [_Row(i, j) for i in order for j in range(counts[i])]
         for begin in range(0, len(rows), self.max_rows):
             yield rows[begin : begin + self.max_rows]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import os
 import random
 import shutil
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .options import check_names
-from .protocol import Completion, RolloutError, SamplingParams, check_prompts
+from .protocol import Completion, RolloutError, SamplingParams, check_counts, check_prompts
+from .sampling import request_seed
 
 #: Set before vllm is imported, where the user has not: in process, quiet, no usage reports.
 ENVIRONMENT = {
@@ -75,15 +75,6 @@ def _untouched_process() -> Iterator[None]:
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-
-
-def request_seed(seed: int, prompt: int) -> int:
-    """A 62-bit seed for prompt number `prompt`; vLLM adds 0..n-1 for its samples.
-
-    Hashed, so that neighbouring seeds and prompts do not share their samples' noise.
-    """
-    digest = hashlib.blake2b(f"{seed}:{prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
 
 
 class VLLMEngine:
@@ -191,14 +182,21 @@ class VLLMEngine:
         return self._version
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        seed: int,
+        counts: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """See `Rollout.generate`; its noise is a function of (seed, prompt and sample index)."""
+        """See `Rollout.generate`."""
         check_prompts(prompts, self.max_length)
+        wanted = check_counts(counts, len(prompts), params.n)
+        some = [i for i, count in enumerate(wanted) if count]
         requests = [
             self._vllm.SamplingParams(
-                n=params.n,
-                max_tokens=min(params.max_new_tokens, self.max_length - len(prompt)),
+                n=wanted[i],
+                max_tokens=min(params.max_new_tokens, self.max_length - len(prompts[i])),
                 temperature=params.temperature,
                 top_p=params.top_p,
                 top_k=params.top_k,
@@ -210,13 +208,14 @@ class VLLMEngine:
                 flat_logprobs=True,
                 detokenize=False,
             )
-            for i, prompt in enumerate(prompts)
+            for i in some
         ]
-        outputs = self._run(prompts, requests, "generate")
-        return [
-            [_completion(o, i, params) for o in sorted(output.outputs, key=lambda o: o.index)]
-            for i, output in enumerate(outputs)
-        ]
+        done: list[list[Completion]] = [[] for _ in prompts]
+        outputs = self._run([prompts[i] for i in some], requests, "generate")
+        for i, output in zip(some, outputs, strict=True):
+            drawn = sorted(output.outputs, key=lambda o: o.index)
+            done[i] = [_completion(o, i) for o in drawn]
+        return done
 
     def score(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """log_softmax(logits)[completion[t]]: prompt log-probs, which no temperature touches."""
@@ -381,7 +380,7 @@ def _complete(
         )
 
 
-def _completion(output: Any, prompt: int, params: SamplingParams) -> Completion:
+def _completion(output: Any, prompt: int) -> Completion:
     tokens = list(output.token_ids)
     logprobs = [float(value) for value in output.logprobs.logprobs]
     # logprobs=0 lists the drawn token only; anything else would misalign silently.

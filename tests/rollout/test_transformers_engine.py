@@ -3,6 +3,7 @@
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,25 @@ def test_same_seed_same_output_whatever_the_batch(tiny_policy):
     params = SamplingParams(n=2, max_new_tokens=25, stop_token_ids=STOPS)
     for group, longer in zip(tokens, engine.generate(prompts, params, seed=9), strict=True):
         assert [c.tokens[:20] for c in longer] == group[:2]
+
+
+def test_every_prompt_has_its_count(tiny_policy):
+    engine = make_rollout(policy=tiny_policy(), workers=1)
+    prompts = ragged((5, 30, 1, 12))
+    params = SamplingParams(n=3, max_new_tokens=20, stop_token_ids=STOPS)
+    plain = engine.generate(prompts, params, seed=9)
+    assert engine.generate(prompts, params, seed=9, counts=[3] * 4) == plain, "bit for bit"
+    groups = engine.generate(prompts, params, seed=9, counts=np.array([1, 0, 5, 2]))
+    assert [len(group) for group in groups] == [1, 0, 5, 2]
+    for whole, group in zip(plain, groups, strict=True):
+        assert [c.tokens for c in group[:3]] == [c.tokens for c in whole[: len(group)]]
+    assert engine.generate(prompts, params, seed=9, counts=[0] * 4) == [[]] * 4
+    assert engine.generate([], params, seed=9, counts=[]) == []
+    with pytest.raises(ValueError, match="counts: 3 numbers for 4 prompts"):
+        engine.generate(prompts, params, seed=9, counts=[1] * 3)
+    for bad, shown in ((-1, "-1"), (1.0, "1.0"), (True, "True")):
+        with pytest.raises(ValueError, match=rf"counts\[2\]={shown}: expected an integer >= 0"):
+            engine.generate(prompts, params, seed=9, counts=[1, 1, bad, 1])
 
 
 def test_workers_share_the_rows_and_leave_torch_as_it_was(tiny_policy):

@@ -163,6 +163,21 @@ def test_order_counts_seeds_and_stops(engine, policy):
     assert all(len(c.tokens) == 30 for c in free[0])
 
 
+def test_every_prompt_has_its_count(engine):
+    prompts = ragged((30, 2, 100, 8))
+    params = SamplingParams(n=3, max_new_tokens=12, stop_token_ids=STOPS)
+    tokens = [[c.tokens for c in group] for group in engine.generate(prompts, params, seed=4)]
+    same = engine.generate(prompts, params, seed=4, counts=[3] * 4)
+    assert [[c.tokens for c in group] for group in same] == tokens
+    groups = engine.generate(prompts, params, seed=4, counts=[1, 0, 5, 2])
+    assert [len(group) for group in groups] == [1, 0, 5, 2]
+    for whole, group in zip(tokens, groups, strict=True):
+        assert [c.tokens for c in group[:3]] == whole[: len(group)]
+    assert engine.generate(prompts, params, seed=4, counts=[0] * 4) == [[]] * 4
+    with pytest.raises(ValueError, match="counts: 3 numbers for 4 prompts"):
+        engine.generate(prompts, params, seed=4, counts=[1] * 3)
+
+
 def test_every_sync_brings_the_trainers_weights(engine, policy):
     prompts = ragged((12, 50, 100))  # longer than a cache block: stale prefixes would show
     params = SamplingParams(n=2, max_new_tokens=20, temperature=0.7)
