@@ -11,7 +11,7 @@ SEED ?= 0
 comma := ,
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help quickstart test test-vllm bench lint aot certify gpu-check clean
+.PHONY: help quickstart test test-vllm bench lint aot certify repro gpu-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -39,6 +39,9 @@ aot: $(STAMPS)/test ## compile every GPU kernel without a GPU; print registers a
 
 certify: $(STAMPS)/test $(STAMPS)/verl ## every loss on every backend against float64: writes docs/parity.md
 	$(BIN)/pyrl certify
+
+repro: $(STAMPS)/pyrl ## miniatures of published claims, judged: writes docs/reproductions.md
+	$(BIN)/pyrl repro all
 
 gpu-check: ## on a GPU machine: build, tests on the GPU, the benchmark grid (JSONL to $$OUT)
 	bash benchmarks/gpu_check.sh

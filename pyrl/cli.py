@@ -1,4 +1,4 @@
-"""The command line: `pyrl train`, `pyrl eval`, `pyrl report`, `pyrl env`.
+"""The command line: `pyrl train`, `eval`, `report`, `certify`, `repro`, `env`.
 
 Every value of a recipe is a flag, `--section.key VALUE`; both go through `pyrl.trainer.recipe`.
 """
@@ -145,6 +145,16 @@ def certificate(args: argparse.Namespace) -> int:
     return 1 if found.failures else 0
 
 
+def reproductions(args: argparse.Namespace) -> int:
+    """`pyrl repro`"""
+    from pyrl.repro.run import reproduce
+
+    # A quick run shows nothing and must not replace results that do.
+    out = args.out or (None if args.quick else Path("docs"))
+    reproduce(args.names, seeds=args.seeds, quick=args.quick, out=out)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -213,6 +223,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--out", type=Path, default=Path("docs/parity.md"), help="the document")
     one.add_argument("--quick", action="store_true", help="a few rows of each kind")
+
+    from pyrl.repro.registry import MINIATURES
+
+    names = "\n".join(f"  {name:<17} {each.summary}" for name, each in MINIATURES.items())
+    one = command(
+        "repro",
+        reproductions,
+        "Run miniatures of published claims; write docs/reproductions.md.",
+        "[NAME ... | all] [--seeds N] [--quick] [--out DIR]",
+        "Prints each claim as published, ours with seeds and intervals, and the verdict: agrees,\n"
+        f"disagrees or undecided. Without a name: the document again, from the results kept.\n\n"
+        f"{names}",
+    )
+    one.add_argument("names", nargs="*", metavar="NAME", help="miniatures, or all")
+    one.add_argument("--seeds", type=int, help="instead of each miniature's own number")
+    one.add_argument("--quick", action="store_true", help="tiny sizes: only that the code runs")
+    one.add_argument(
+        "--out", type=Path, help="folder of the document (default: docs; with --quick: none)"
+    )
 
     command("env", environment, "Print versions, devices, backends and why any is absent.")
     return parser

@@ -17,7 +17,7 @@ LAYERS = [
     {"pyrl.models", "pyrl.nn", "pyrl.testing"},
     {"pyrl.algorithms", "pyrl.tasks", "pyrl.rollout"},
     {"pyrl.trainer"},
-    {"pyrl.certify", "pyrl.env_report", "pyrl.integrations"},
+    {"pyrl.certify", "pyrl.env_report", "pyrl.integrations", "pyrl.repro"},
     {"pyrl.cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
