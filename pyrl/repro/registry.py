@@ -61,6 +61,12 @@ MINIATURES: dict[str, Miniature] = {
         "share of samples with a gradient, with and without refilling, and what it costs",
         seeds=6,
     ),
+    "smollm2": Miniature(
+        "pyrl.repro.smollm2:compare",
+        "six algorithms with SmolLM2-135M, held-out reward against samples and seconds",
+        seeds=2,
+        in_all=False,
+    ),
 }
 
 
