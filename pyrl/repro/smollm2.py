@@ -199,7 +199,8 @@ def _result(runs: dict[str, list[_Run]]) -> Result:
         "Differences of that size are far below what these runs can tell apart.",
         regime=f"SmolLM2-135M-Instruct in bf16 on two CPU cores learns to write one finished "
         f"sentence on a topic, within a number of words and without commas: reward 1 if all of it "
-        f"holds, else 0. {STEPS} steps of {PROMPTS} prompts x {N} completions of at most 32 tokens, "
+        f"holds, else 0. {STEPS} steps of {PROMPTS} prompts x {N} completions of at most 32 "
+        "tokens, "
         "2 updates a step, AdamW 3e-5, clip .2/.2 and token mean in every arm but DAPO (clip .28, "
         "dynamic sampling, overlong punishment). Reinforce is with rewards of -1 and 1. DAPO draws "
         "5 prompts a step and refills once; GVM spends half of its samples on pilots. Both so have "
@@ -229,7 +230,7 @@ def _result(runs: dict[str, list[_Run]]) -> Result:
                 "seconds of training",
                 lines("seconds"),
             ),
-        ],  # fmt: skip
+        ],
         tables=[
             Table(
                 "Held-out reward",
@@ -248,7 +249,7 @@ def _result(runs: dict[str, list[_Run]]) -> Result:
                 rows,
                 "with an advantage: share of the completions learned from whose advantage is not 0",
             )
-        ],  # fmt: skip
+        ],
         text=f"<details><summary>Settings of all arms</summary>\n\n```json\n{settings}\n```\n\n"
         f"and of each:\n\n```json\n{json.dumps(ARMS, indent=1)}\n```\n\n</details>",
     )

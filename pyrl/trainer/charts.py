@@ -76,6 +76,35 @@ CHARTS = (
         "a step; shared: computed in a common prefix",
         zero=True,
     ),
+    Chart(
+        "Samples with an advantage",
+        (("signal_share", "share"),),
+        "of those learned from",
+        zero=True,
+    ),
+    Chart(
+        "Reward terms",
+        (
+            ("bonus_mean", "sum"),
+            ("overlong_mean", "overlong"),
+            ("cosine_mean", "length"),
+            ("nontermination_mean", "not ended"),
+        ),
+        "mean of the step's completions",
+    ),
+    Chart(
+        "Critic",
+        (("explained_variance", "explained variance"), ("value_clip_share", "clipped")),
+        "of the values at the start of the step",
+    ),
+    Chart(
+        "Preference",
+        (("preference_accuracy", "accuracy"), ("preference_loss", "loss")),
+        "pairs, before their update",
+        zero=True,
+    ),
+    Chart("Completions", (("samples", "completions"),), "sampled, pilots included", zero=True),
+    Chart("Age of the reference", (("reference_age", "steps"),), "since its last reset", zero=True),
     Chart("Peak memory", (("peak_rss_mib", "MiB"),), "resident, MiB", zero=True),
     Chart(
         "Engine against trainer",
@@ -88,6 +117,7 @@ CHARTS = (
 UNPLOTTED = {
     "step", "reward_std", "zero_variance_groups", "groups", "sampled_tokens", "seconds",
     "nan_rewards", "skipped_tokens", "heldout_mean", "heldout_low", "heldout_high",
+    "samples_total", "updates", "reference_resets",
 }  # fmt: skip
 
 

@@ -323,6 +323,14 @@ class Config(Section):
                 "the loss will read about 0: on-policy the ratio is 1 and a group's advantages sum "
                 "to 0. Its gradient is not 0; reward and gradient norm tell how training goes"
             )
+        if self.reset.active and not self.needs_ref:
+            found.append("[reset] without a KL term (loss.kl_coef = 0): there is no reference, so "
+                         "a reset only starts the optimizer anew")  # fmt: skip
+        if self.budget.kind == "gvm" and self.train.steps % self.budget.steps:
+            found.append(
+                f"train.steps = {self.train.steps} is no multiple of budget.steps = "
+                f"{self.budget.steps}: the last pilot is not used up"
+            )
         if self.rollout.refill_rounds and self.advantage.method == "raw":
             found.append("rollout.refill_rounds replaces groups that advantage.method = 'raw' uses")
         return found

@@ -56,9 +56,7 @@ def train_step(session: Session) -> None:
     # Sample and score, as the budget says.
     gathered = gather(session, step)
     batch = gathered.batch
-    terms = setting.terms.apply(
-        gathered.sampled, max_new_tokens=config.rollout.max_new_tokens, step=step
-    )
+    terms = setting.add_terms(gathered.sampled, step)
 
     # Advantages, minibatches (one optimizer update each), rows (one micro-batch each).
     device = policy.head().weight.device
@@ -125,9 +123,9 @@ def train_step(session: Session) -> None:
 
     canary = sync(session, step)
 
-    metrics: dict[str, Any] = {"step": step, **batch_metrics(gathered, terms)}
+    metrics: dict[str, Any] = {"step": step, **batch_metrics(gathered)}
     metrics |= loss_metrics(losses, len(norms), spec)
-    metrics |= credit.metrics() | session.budget.metrics()
+    metrics |= terms | credit.metrics() | session.budget.metrics()
     metrics |= {
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
         "lr": lr,

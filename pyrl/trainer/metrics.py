@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,9 +54,9 @@ def peak_rss_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def batch_metrics(gathered: Gathered, terms: Mapping[str, float]) -> dict[str, float]:
-    """Of everything that was sampled in a step, used for training or not; `terms`: what was added
-    to the rewards. Samples and tokens count the pilot's too."""
+def batch_metrics(gathered: Gathered) -> dict[str, float]:
+    """Of everything that was sampled in a step, used for training or not; samples and tokens count
+    the pilot's too. signal_share: of the completions learned from, those with an advantage."""
     groups = gathered.sampled
     attempts = [a for group in groups for a in group.attempts]
     scored = [a.reward for a in attempts if a.reward == a.reward]
@@ -75,7 +75,6 @@ def batch_metrics(gathered: Gathered, terms: Mapping[str, float]) -> dict[str, f
         else math.nan,
         "sampled_tokens": sum(lengths) + gathered.pilot_tokens,
         "samples": len(attempts) + gathered.pilot_samples,
-        **terms,
     }
     domains: dict[str, list[float]] = {}
     for group in groups:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 from pyrl.algorithms import (
     GVM,
     Budget,
     Credit,
+    Group,
     GroupCredit,
     Online,
     PairCredit,
@@ -28,7 +29,14 @@ class Setting:
     config: Config
     spec: LossSpec
     params: SamplingParams
-    terms: RewardTerms
+    terms: RewardTerms | None
+    """What is added to rewards; None: nothing."""
+
+    def add_terms(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Sets the bonus of every attempt; returns its means."""
+        if self.terms is None:
+            return {}
+        return self.terms.apply(groups, max_new_tokens=self.params.max_new_tokens, step=step)
 
 
 def make_setting(config: Config, head: Head, stop_token_ids: tuple[int, ...]) -> Setting:
@@ -48,7 +56,8 @@ def make_setting(config: Config, head: Head, stop_token_ids: tuple[int, ...]) ->
         top_k=sampling.top_k,
         stop_token_ids=stop_token_ids,
     )
-    return Setting(config, spec, params, RewardTerms(**config.reward.model_dump()))
+    terms = RewardTerms(**config.reward.model_dump())
+    return Setting(config, spec, params, terms if terms != RewardTerms() else None)
 
 
 def make_budget(config: Config, key: Callable[[tuple[str, int]], Hashable]) -> Budget:
