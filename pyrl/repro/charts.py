@@ -62,8 +62,8 @@ def _lines(axes: Any, chart: Chart, result: Result) -> None:
         if line.reference:
             axes.plot(line.x, line.y[0], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                line.name, (line.x[-1], line.y[0][-1]), xytext=(-2, 2), fontsize=7, color="#5b6472",
-                textcoords="offset points", ha="right", va="bottom",
+                line.name, (line.x[-1], line.y[0][-1]), xytext=(4, 0), fontsize=7.5,
+                color="#5b6472", textcoords="offset points", ha="left", va="center",
             )  # fmt: skip
             continue
         i = names.index(line.name)
@@ -92,7 +92,7 @@ def _points(axes: Any, chart: Chart, result: Result) -> None:
         colour = COLOURS[i % len(COLOURS)]
         shifts = [0.16 * math.sin(2.4 * k) for k in range(seeds)]  # apart, the same every time
         axes.scatter(
-            arm.values, [i + 0.0 + s for s in shifts], s=12, color=colour, alpha=0.35, linewidths=0
+            arm.values, [i + 0.0 + s for s in shifts], s=12, color=colour, alpha=0.6, linewidths=0
         )
         if seeds > 1:
             axes.plot([low, high], [i, i], color="#20262e", linewidth=2.2, zorder=4)

@@ -128,9 +128,10 @@ def _section(result: Result) -> list[str]:
     if result.charts:
         lines.append("Lines and diamonds are means over seeds, bands and bars their intervals.\n")
     if result.arms:
+        quantities = list(dict.fromkeys(arm.quantity for arm in result.arms))
         rows = (
             (arm.quantity, arm.name, number(arm.estimate.mean), interval(arm.estimate))
-            for arm in result.arms
+            for arm in sorted(result.arms, key=lambda arm: quantities.index(arm.quantity))
         )
         lines += table(("quantity", "arm", "mean", "95% interval"), rows)
         lines.append("")

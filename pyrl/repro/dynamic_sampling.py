@@ -138,8 +138,8 @@ def dynamic_sampling(seeds: int, quick: bool) -> Result:
         published="Prompts whose samples are all right or all wrong give no gradient, and their "
         "share grows; leaving them out and sampling others until the batch is full keeps every "
         "sample of it informative, and reaches the same accuracy in fewer steps (DAPO: 50 on "
-        "AIME 2024 against 42 without, in about a third of the steps to equal it). The extra "
-        "sampling is said not to cost much time, as long completions decide that.",
+        "AIME 2024 against 42 without). The extra sampling is said not to cost much time, as long "
+        "completions decide that.",
         regime=f"Tabular policies: {usual.prompts} prompts, {usual.actions} actions, one right, "
         f"log-odds of it {usual.spread:g}·N(0, 1), so that many prompts are at 0 or 1; GRPO "
         f"advantages, {usual.batch} prompts x {usual.samples} samples an update, one on-policy "

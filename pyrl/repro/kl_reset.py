@@ -171,9 +171,9 @@ def kl_reset(seeds: int, quick: bool) -> Result:
         title="Resetting the reference policy",
         paper="arXiv 2507.12507, 2505.24864 (ProRL)",
         published="With a KL penalty training stalls; replacing the reference by the current "
-        "policy lets it improve again, over thousands of steps. For binary rewards of gap Δ the "
-        "ceiling is known: the maximiser of E[r] − β KL has logit p* = logit p_ref + Δ/β, and "
-        "after k references logit p_0 + kΔ/β.",
+        "policy lets it improve again, over thousands of steps. Not in the papers, but what such "
+        "a ceiling is for binary rewards of gap Δ: the maximiser of E[r] − β KL has logit p* = "
+        "logit p_ref + Δ/β, and after k references logit p_0 + kΔ/β.",
         regime="Random two-layer Llama, D = 32, vocabulary 320; the first token after each of "
         f"{setting.prompts} prompts is the answer, random tokens of together just over "
         f"{setting.start:g} probability are right (reward 1, else 0). Reinforce with "

@@ -193,11 +193,11 @@ def filter_test(seeds: int, quick: bool) -> Result:
     ]
     result.charts = [
         Chart(
-            "Accuracy on the solvable prompts",
+            "Accuracy, solvable prompts",
             "exact accuracy",
             "step",
             [_line(usual, name, curves.accuracy) for name, curves in found.items()],
-            note=f"{usual.unsolvable:.0%} of the prompts unsolvable",
+            note=f"{usual.unsolvable:.0%} are unsolvable",
             scale="zero",
         ),
         Chart("Area under it", "mean accuracy over the steps", quantity=quantity),
