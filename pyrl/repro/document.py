@@ -17,7 +17,7 @@ HEAD = """# Reproductions
 
 What published claims come to at a scale where they can be run in minutes on two CPU cores: each is
 stated, measured over seeds, and judged. Written by `pyrl repro` from the results in
-[`reproductions/`](reproductions); to run everything again, or one of them:
+`docs/reproductions/*.json`; to run everything again, or one of them:
 
     make repro
     pyrl repro NAME
