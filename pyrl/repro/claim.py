@@ -95,6 +95,8 @@ class Chart:
     quantity: str = ""
     mark: float | None = None
     """A value of the quantity to compare with: a thin line."""
+    scale: Literal["linear", "zero", "logit"] = "linear"
+    """Of the y axis; zero: linear, from 0."""
     note: str = ""
 
 

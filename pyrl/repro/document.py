@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,14 +10,14 @@ from pathlib import Path
 from pyrl.repro.charts import write_image
 from pyrl.repro.claim import Claim, Result, Table, Verdict
 from pyrl.repro.registry import MINIATURES
-from pyrl.repro.statistics import Estimate
+from pyrl.repro.statistics import Estimate, number
 from pyrl.trainer.tracking import write_atomic
 
 HEAD = """# Reproductions
 
 What published claims come to at a scale where they can be run in minutes on two CPU cores: each is
 stated, measured over seeds, and judged. Written by `pyrl repro` from the results in
-[`reproductions/`](reproductions); to run everything again, or one of them:
+`docs/reproductions/*.json`; to run everything again, or one of them:
 
     make repro
     pyrl repro NAME
@@ -31,9 +30,9 @@ twenty true nulls one would be misjudged.
 
 **What this can show.** A miniature can show that a mechanism has the sign that a paper gives it,
 where it was set up to act. It says nothing of the size of an effect in a language model, and naive
-toys show nothing at all; the regimes were chosen before the figures were looked at, and where a
-description leaves something open, other choices are listed beside the one that is judged. Nothing
-was chosen so that a claim agrees.
+toys show nothing at all. The regimes follow a written description and nothing in them was moved to
+make a claim agree; where the description leaves something open, other choices are listed beside
+the one that is judged, and where a choice was made with figures in sight the caveats say so.
 """
 
 
@@ -129,9 +128,10 @@ def _section(result: Result) -> list[str]:
     if result.charts:
         lines.append("Lines and diamonds are means over seeds, bands and bars their intervals.\n")
     if result.arms:
+        quantities = list(dict.fromkeys(arm.quantity for arm in result.arms))
         rows = (
             (arm.quantity, arm.name, number(arm.estimate.mean), interval(arm.estimate))
-            for arm in result.arms
+            for arm in sorted(result.arms, key=lambda arm: quantities.index(arm.quantity))
         )
         lines += table(("quantity", "arm", "mean", "95% interval"), rows)
         lines.append("")
@@ -179,14 +179,6 @@ def _conditions(result: Result) -> str:
 def _anchor(result: Result) -> str:
     """As GitHub makes them: lower case, no punctuation, dashes for spaces."""
     return re.sub(r"[^\w\- ]", "", result.title.lower()).replace(" ", "-")
-
-
-def number(value: float) -> str:
-    """Three significant digits, fixed point where that is short."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}".replace("inf", "∞").replace("-", "−")
-    digits = max(0, min(5, 2 - math.floor(math.log10(abs(value)))))
-    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def interval(estimate: Estimate) -> str:

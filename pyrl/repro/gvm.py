@@ -185,6 +185,6 @@ def _others(usual: Setting, seeds: int) -> Table:
     columns = [f"{arm}{', counted' if kind == PAID else ''}" for kind, arm in found[0]]
     return Table(
         "The same under other choices: mean ratio",
-        ["changed", "accept rates, 10/50/90%", *columns, "seeds below 1, first column of ratios"],
+        ["changed", "accept rates, 10/50/90%", *columns, f"seeds below 1 ({PILOT})"],
         rows,
     )

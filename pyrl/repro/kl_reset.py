@@ -171,9 +171,9 @@ def kl_reset(seeds: int, quick: bool) -> Result:
         title="Resetting the reference policy",
         paper="arXiv 2507.12507, 2505.24864 (ProRL)",
         published="With a KL penalty training stalls; replacing the reference by the current "
-        "policy lets it improve again, over thousands of steps. For binary rewards of gap Δ the "
-        "ceiling is known: the maximiser of E[r] − β KL has logit p* = logit p_ref + Δ/β, and "
-        "after k references logit p_0 + kΔ/β.",
+        "policy lets it improve again, over thousands of steps. Not in the papers, but what such "
+        "a ceiling is for binary rewards of gap Δ: the maximiser of E[r] − β KL has logit p* = "
+        "logit p_ref + Δ/β, and after k references logit p_0 + kΔ/β.",
         regime="Random two-layer Llama, D = 32, vocabulary 320; the first token after each of "
         f"{setting.prompts} prompts is the answer, random tokens of together just over "
         f"{setting.start:g} probability are right (reward 1, else 0). Reinforce with "
@@ -189,6 +189,8 @@ def kl_reset(seeds: int, quick: bool) -> Result:
             "of 1 to machine precision. That resets help there is not explained by this ceiling, "
             "and not shown here.",
             "Resets at fixed steps; ProRL resets on a stall.",
+            "The gradient of an accuracy p is p(1 − p): under the last reference, at .99, the "
+            "steps of a phase do not reach the oracle.",
             "Advantages divided by the group's standard deviation (GRPO's) follow another optimum; "
             "the third arm shows how far. A baseline of the group's mean, the sample itself "
             "included, would shrink Δ by (n − 1)/n.",
@@ -231,7 +233,9 @@ def kl_reset(seeds: int, quick: bool) -> Result:
     ]
     note = f"β = {beta:g}, Δ = 1"
     result.charts = [
-        Chart("Accuracy", "exact accuracy", "step", lines, note=note),
+        Chart(
+            "Accuracy", "exact accuracy, log-odds scale", "step", lines, note=note, scale="logit"
+        ),
         Chart("KL to the reference", "nats", "step", kls, note="0 right after each reset"),
     ]
     return result

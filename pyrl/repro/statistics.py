@@ -17,6 +17,14 @@ class Estimate(NamedTuple):
     seeds: int
 
 
+def number(value: float) -> str:
+    """Three significant digits, fixed point where that is short."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}".replace("inf", "∞").replace("-", "−")
+    digits = max(0, min(5, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
 def t_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     """mean ± t_{(1 + level) / 2, n - 1} s / sqrt(n), s with ddof=1.
 

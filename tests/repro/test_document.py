@@ -9,7 +9,7 @@ from pyrl.repro import document
 from pyrl.repro.claim import Arm, Chart, Claim, Line, Result, Table
 from pyrl.repro.registry import MINIATURES, find
 from pyrl.repro.run import reproduce
-from pyrl.repro.statistics import Estimate
+from pyrl.repro.statistics import Estimate, number
 
 
 def example(name="filter"):
@@ -81,7 +81,7 @@ def test_a_broken_result_is_named(tmp_path):
      (float("-inf"), "−∞")],
 )  # fmt: skip
 def test_numbers(value, text):
-    assert document.number(value) == text
+    assert number(value) == text
 
 
 def test_an_interval_of_one_seed():
