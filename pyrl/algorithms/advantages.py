@@ -8,8 +8,11 @@ from typing import Literal
 
 import torch
 
-from pyrl.algorithms.experience import Group
+from pyrl.algorithms.experience import Group, RewardMap
 from pyrl.ops.group_advantage import group_advantage
+
+#: Methods whose advantage is 1 for accepted completions and 0 for the others.
+JUDGES = ("positive", "correct")
 
 
 def assign_advantages(
@@ -20,7 +23,7 @@ def assign_advantages(
     filter_mode: Literal["zero", "drop"] = "zero",
     unbiased: bool = True,
     eps: float = 1e-6,
-    reward_map: Literal["identity", "signed"] = "identity",
+    reward_map: RewardMap = "identity",
     device: torch.device | str = "cpu",
     backend: str | None = None,
 ) -> dict[str, float]:
@@ -31,6 +34,7 @@ def assign_advantages(
     reward_map: identity r, signed 2r - 1 (rewards in {0, 1} become {-1, 1}; Reinforce and the
     correct/wrong filters depend on it). A bonus is added after the map, and no filter sees it: a
     length penalty does not turn a solved group into an unsolved one, nor make equal rewards differ.
+    Nor do the methods that only say which completions are accepted (`JUDGES`) see it.
     A reward, or its sum with the bonus, that is not finite in fp32 counts as lost. device: where
     the rewards are put, which decides what backends can do. Everything else as in
     `group_advantage`, whose metrics are returned as numbers, of map(rewards) without the bonuses.
@@ -40,7 +44,7 @@ def assign_advantages(
     if reward_map == "signed":
         rewards = 2 * rewards - 1
     totals = None
-    if any(a.bonus != 0 for a in attempts):
+    if method not in JUDGES and any(a.bonus != 0 for a in attempts):
         bonus = torch.tensor([a.bonus for a in attempts], dtype=torch.float32, device=device)
         totals = torch.where((rewards + bonus).isfinite(), rewards + bonus, torch.nan)
         rewards = torch.where(totals.isnan(), torch.nan, rewards)

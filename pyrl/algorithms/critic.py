@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrl.algorithms.credit import Credit, with_advantages
-from pyrl.algorithms.experience import Group
+from pyrl.algorithms.experience import Group, RewardMap
 from pyrl.losses.value import value_loss
 from pyrl.ops.gae import gae
 from pyrl.packing import PackedBatch
@@ -64,7 +64,7 @@ class _Targets(NamedTuple):
 
 
 class CriticCredit(Credit):
-    """A = gae(r, V), r_t = reward + bonus at a completion's last kept token, 0 elsewhere; with
+    """A = gae(r, V), r_t = map(reward) + bonus at a completion's last kept token, 0 elsewhere; with
     `whiten`, (A - mean) / (std + 1e-8) over all kept tokens of the step (unbiased; of one token
     0 and 1). The critic then descends the mean over the minibatch's kept tokens of
 
@@ -90,6 +90,7 @@ class CriticCredit(Credit):
         lam: float = 1.0,
         value_clip: float | None = 0.5,
         whiten: bool = True,
+        reward_map: RewardMap = "identity",
         backend: str | None = None,
     ) -> None:
         for name, value in (("gamma", gamma), ("lam", lam)):
@@ -101,18 +102,19 @@ class CriticCredit(Credit):
             raise ValueError(f"lr={lr!r}: expected a finite number > 0")
         self.critic, self.optimizer, self.lr = critic, optimizer, lr
         self.gamma, self.lam, self.backend = gamma, lam, backend
-        self.value_clip, self.whiten = value_clip, whiten
+        self.value_clip, self.whiten, self.reward_map = value_clip, whiten, reward_map
         self._targets: dict[PackedBatch, _Targets] = {}  # by the row object that `begin` returned
         self._losses: list[dict[str, Tensor]] = []
         self._norms: list[float] = []
         self._explained = math.nan
 
     def assign(self, groups: Sequence[Group]) -> dict[str, float]:
-        """advantage = reward + bonus, which so reaches its row; lost attempts are not kept."""
+        """advantage = map(reward) + bonus, which so reaches its row; lost attempts are not kept."""
         for group in groups:
             for attempt in group.attempts:
-                attempt.keep = abs(attempt.total) <= _MAX  # NaN is not
-                attempt.advantage = attempt.total if attempt.keep else 0.0
+                total = attempt.total(self.reward_map)
+                attempt.keep = abs(total) <= _MAX  # NaN is not
+                attempt.advantage = total if attempt.keep else 0.0
         return {}
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ from typing import Literal
 from pyrl.ops.spec import LossSpec
 from pyrl.packing import Sample
 
+RewardMap = Literal["identity", "signed"]
+
 
 @dataclasses.dataclass
 class Attempt:
@@ -32,10 +34,9 @@ class Attempt:
     keep: bool = True
     """False: outside loss and denominators (lost, or dropped by a filter)."""
 
-    @property
-    def total(self) -> float:
-        """reward + bonus: what is learned from."""
-        return self.reward + self.bonus
+    def total(self, reward_map: RewardMap = "identity") -> float:
+        """map(reward) + bonus, what is learned from; signed: 2 reward - 1."""
+        return (2 * self.reward - 1 if reward_map == "signed" else self.reward) + self.bonus
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyrl.algorithms.credit import Credit, with_advantages
-from pyrl.algorithms.experience import Attempt, Group
+from pyrl.algorithms.experience import Attempt, Group, RewardMap
 from pyrl.packing import PackedBatch
 
 #: The loss that `PairCredit` is exact for; any other spec trains something else.
@@ -25,7 +25,7 @@ class PairCredit(Credit):
 
     With `LOSS`, -sum_t A_t log pi_t / 2P over the minibatch's P pairs has the gradient of
     `preference_loss`: dL / dlog pi_t = -A_t / 2P. A pair is the best and the worst completion of a
-    group by reward + bonus (the first of equals). A group whose completions are all equal, the
+    group by map(reward) + bonus (the first of equals). A group whose completions are all equal, the
     completions between, lost and empty ones, and with `mask_truncated` those that no stop token
     ended, take no part. beta > 0, s = label_smoothing in [0, 0.5). `Group.weight` is not used.
 
@@ -37,14 +37,19 @@ class PairCredit(Credit):
     whole_groups = True
 
     def __init__(
-        self, beta: float, label_smoothing: float = 0.0, *, mask_truncated: bool = False
+        self,
+        beta: float,
+        label_smoothing: float = 0.0,
+        *,
+        reward_map: RewardMap = "identity",
+        mask_truncated: bool = False,
     ) -> None:
         if not 0 < beta < math.inf:
             raise ValueError(f"beta={beta!r}: expected a finite number > 0")
         if not 0 <= label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={label_smoothing!r}: expected a number in [0, 0.5)")
         self.beta, self.label_smoothing = beta, label_smoothing
-        self.mask_truncated = mask_truncated
+        self.reward_map, self.mask_truncated = reward_map, mask_truncated
         self._margins: list[Tensor] = []
 
     def assign(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -56,8 +61,8 @@ class PairCredit(Credit):
             fit = [attempt for attempt in group.attempts if self._fits(attempt)]
             if not fit:
                 continue
-            best, worst = max(fit, key=_total), min(fit, key=_total)
-            if best.total > worst.total:
+            best, worst = max(fit, key=self._total), min(fit, key=self._total)
+            if self._total(best) > self._total(worst):
                 pairs += 1
                 best.advantage, best.keep = 1.0, True
                 worst.advantage, worst.keep = -1.0, True
@@ -65,7 +70,10 @@ class PairCredit(Credit):
 
     def _fits(self, attempt: Attempt) -> bool:
         cut = self.mask_truncated and attempt.finish_reason == "length"
-        return bool(attempt.tokens) and math.isfinite(attempt.total) and not cut
+        return bool(attempt.tokens) and math.isfinite(self._total(attempt)) and not cut
+
+    def _total(self, attempt: Attempt) -> float:
+        return attempt.total(self.reward_map)
 
     def reweigh(
         self,
@@ -107,10 +115,6 @@ class PairCredit(Credit):
             "preference_accuracy": float((margin > 0).double().mean()),
             "preference_margin": float(margin.mean()),
         }
-
-
-def _total(attempt: Attempt) -> float:
-    return attempt.total
 
 
 def _lengths(row: PackedBatch) -> Tensor:

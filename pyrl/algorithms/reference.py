@@ -61,11 +61,15 @@ class ResetRule:
             self.newest = validation
         reason = self._reason(step, validation, kl)
         if reason is not None:
-            self.best, self.stalled = self.newest, 0
-            self.last_reset, self.kls = step, []
+            self.restart(step)
         elif kl is not None and self.kl_spike is not None:
             self.kls.append(kl)
         return reason
+
+    def restart(self, step: int) -> None:
+        """There was a reset after `step`: all is counted from there."""
+        self.best, self.stalled = self.newest, 0
+        self.last_reset, self.kls = step, []
 
     def _reason(self, step: int, validation: float | None, kl: float | None) -> str | None:
         best = self.best

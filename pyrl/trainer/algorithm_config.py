@@ -24,6 +24,9 @@ class BudgetConfig(Section):
     ever solved."""
     beta: float = Field(default=2.0, ge=2)
     """Exponent of that regularisation."""
+    minimum: PositiveInt | None = None
+    """A prompt gets at least so many completions, or (gvm) none; none = 2 where advantages compare
+    the completions of a group, else 1."""
     maximum: PositiveInt | None = None
     """Completions of one prompt at most; none = as many as its share of the shard."""
     gradient: Literal["lm_head", "embed", "all"] = "lm_head"
@@ -80,8 +83,8 @@ class CriticConfig(Section):
     """Discount."""
     lam: float = Field(default=1.0, ge=0, le=1)
     """GAE's lambda."""
-    value_clip: PositiveFloat | None = 0.5
-    """Bound on a value's distance from its old one in the loss; none = unbounded."""
+    value_clip: NonNegativeFloat = 0.5
+    """Bound on a value's distance from its old one in the loss; 0 = unbounded."""
     whiten: bool = True
     """Advantages to mean 0 and standard deviation 1 over the step's tokens."""
 
@@ -140,7 +143,7 @@ STAGED: dict[str, tuple[str, ...] | None] = {
     "advantage": ("filter", "filter_mode", "unbiased", "eps", "reward_map"),
     "reward": None,
     "budget": None,
-    "optimizer": ("lr", "warmup_steps", "max_grad_norm"),
+    "optimizer": ("lr", "max_grad_norm"),
     "train": ("updates_per_step", "passes", "mask_truncated", "tokens_per_row"),
     "task": ("mix",),
 }

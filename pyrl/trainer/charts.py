@@ -79,7 +79,7 @@ CHARTS = (
     Chart(
         "Samples with an advantage",
         (("signal_share", "share"),),
-        "of those learned from",
+        "of the step's completions",
         zero=True,
     ),
     Chart(
@@ -117,7 +117,7 @@ CHARTS = (
 UNPLOTTED = {
     "step", "reward_std", "zero_variance_groups", "groups", "sampled_tokens", "seconds",
     "nan_rewards", "skipped_tokens", "heldout_mean", "heldout_low", "heldout_high",
-    "samples_total", "updates", "reference_resets",
+    "samples_total", "updates", "reference_resets", "reward_prompt_mean", "filtered", "pairs",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -10,8 +11,6 @@ import tomli_w
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
-from pyrl.algorithms.pairs import LOSS as PAIR_LOSS
-from pyrl.algorithms.shaping import RewardTerms
 from pyrl.trainer.algorithm_config import (
     BudgetConfig,
     CriticConfig,
@@ -21,6 +20,7 @@ from pyrl.trainer.algorithm_config import (
     Stage,
     merged,
 )
+from pyrl.trainer.config_checks import GROUP_BASELINE, check_parts, check_stage, warnings
 from pyrl.trainer.loss_config import LossConfig, Section
 from pyrl.trainer.sampling_config import ModelConfig, RolloutConfig, TaskConfig, flatten
 
@@ -177,10 +177,6 @@ class TrackingConfig(Section):
     """Completions a step that are kept in samples.jsonl."""
 
 
-#: Advantage methods that subtract the mean of their group.
-_GROUP_BASELINE = ("grpo", "mean", "rloo", "batch_std", "whiten_baseline")
-
-
 class Config(Section):
     """A training run."""
 
@@ -220,48 +216,9 @@ class Config(Section):
                 f"train.updates_per_step = {self.train.updates_per_step}: expected at most "
                 f"rollout.prompts_per_step * rollout.n = {completions}"
             )
-        self._parts_fit()
+        check_parts(self)
         self._make_stages()
         return self
-
-    def _parts_fit(self) -> None:
-        loss, n = self.loss.spec(max_length=self.rollout.max_new_tokens), self.rollout.n
-        if self.advantage.method == "pairs":
-            dpo = {name: getattr(loss, name) for name in PAIR_LOSS} == PAIR_LOSS
-            if not dpo or loss.kl_coef or loss.entropy_coef:
-                given = {name: getattr(loss, name) for name in PAIR_LOSS}
-                raise ValueError(
-                    f"advantage.method = 'pairs' (iterative DPO) is computed through [loss] "
-                    f"{PAIR_LOSS}, with no KL or entropy term; its own settings are in "
-                    f"[preference]. Here: {given}, kl_coef {loss.kl_coef:g}, entropy_coef "
-                    f"{loss.entropy_coef:g}"
-                )
-            if n < 2:
-                raise ValueError(f"advantage.method = 'pairs' needs rollout.n >= 2, got {n}")
-        if self.advantage.method in ("gae", "pairs") and self.advantage.filter:
-            raise ValueError(f"advantage.filter = {self.advantage.filter}: "
-                             f"advantage.method = {self.advantage.method!r} has none")  # fmt: skip
-        terms = RewardTerms(**self.reward.model_dump())
-        terms.terms(0, "stop", max_new_tokens=self.rollout.max_new_tokens, step=1)
-        budget = self.budget
-        if budget.kind != "uniform" and self.rollout.refill_rounds:
-            raise ValueError(
-                f"budget.kind = {budget.kind!r} decides about a step's prompts: "
-                f"rollout.refill_rounds = {self.rollout.refill_rounds} would replace them"
-            )
-        if budget.kind == "gvm" and budget.count_pilot and budget.pilot_samples >= n:
-            raise ValueError(
-                f"budget.pilot_samples = {budget.pilot_samples} leaves nothing of rollout.n = {n}: "
-                "sample fewer in the pilot, or set budget.count_pilot = false"
-            )
-        if self.reset.active and self.train.reference == "step":
-            raise ValueError("reset: train.reference = 'step' is the current policy already")
-        if self.reset.needs_validation and not (self.eval.every and self.eval.prompts):
-            raise ValueError("reset.patience and reset.drop_tol look at evaluations during training"
-                             ": set eval.every")  # fmt: skip
-        for domain in self.reset.blend:
-            if domain not in self.task.mix:
-                raise ValueError(f"reset.blend.{domain}: the domains are {list(self.task.mix)}")
 
     def _make_stages(self) -> None:
         if self.stages and "steps" not in self.train.model_fields_set:
@@ -270,14 +227,24 @@ class Config(Section):
             self.train.model_fields_set.add("steps")
         base = self.model_dump(mode="json", exclude={"stages"}, exclude_none=True)
         for i, stage in enumerate(self.stages):
+            check_stage(self, f"stages[{i}]", stage)
             try:
                 self._staged.append(type(self).model_validate(merged(base, stage.changes)))
             except pydantic.ValidationError as error:
                 first = error.errors()[0]
                 key = ".".join(map(str, first["loc"]))
                 message = first["msg"].removeprefix("Value error, ")
+                if first["type"] == "extra_forbidden":
+                    section = getattr(self, str(first["loc"][0]))
+                    known = ", ".join(sorted(type(section).model_fields))
+                    message = f"unknown key; known here: {known}"
                 shown = f"{key} = {first['input']!r}: " if key.count(".") else ""
                 raise ValueError(f"stages[{i}]: {shown}{message}") from None
+
+    @property
+    def has_group_baseline(self) -> bool:
+        """Whether a completion is compared with the others of its group, if there are any."""
+        return self.rollout.n > 1 and self.advantage.method in (*GROUP_BASELINE, "scaled", "pairs")
 
     def stage(self, step: int) -> int:
         """Which of `stages` the step (1, 2, ...) is in; -1 without stages."""
@@ -298,42 +265,34 @@ class Config(Section):
         first = 1 + sum(stage.steps for stage in self.stages[:i])
         return self.stages[i] if self.stages and step == first else None
 
+    def stretches(self) -> list[tuple[int, int]]:
+        """(first step, number of steps) of the stages, one that shares its budget with the stage
+        before joined to it."""
+        found: list[tuple[int, int]] = []
+        for step in range(1, self.train.steps + 1):
+            same = found and self.at(step).shares_budget(self.at(step - 1))
+            found = [*found[:-1], (found[-1][0], found[-1][1] + 1)] if same else [*found, (step, 1)]
+        return found
+
+    def shares_budget(self, other: Config) -> bool:
+        """Whether a budget made for the one goes on in the other."""
+        keys = ("budget", "rollout.prompts_per_step", "rollout.n", "has_group_baseline")
+        return all(operator.attrgetter(k)(self) == operator.attrgetter(k)(other) for k in keys)
+
+    @staticmethod
+    def method_of(preset: str) -> str | None:
+        """The advantage.method that a loss preset brings; None: it brings none."""
+        return PRESET_METHODS.get(preset)
+
+    def warnings(self) -> list[str]:
+        """What is allowed and may surprise."""
+        return warnings(self)
+
     @property
     def needs_ref(self) -> bool:
         """Whether any step compares with a reference."""
         specs = [c.loss.spec(max_length=1) for c in (self, *self._staged)]
         return self.advantage.method == "pairs" or any(spec.needs_ref for spec in specs)
-
-    def warnings(self) -> list[str]:
-        """What is allowed and may surprise."""
-        found = []
-        if self.rollout.n == 1 and self.advantage.method in _GROUP_BASELINE:
-            found.append(
-                f"rollout.n = 1 with advantage.method = {self.advantage.method!r}: a group of one "
-                "has no baseline (rloo: no advantage at all); use n >= 2 or method = 'raw'"
-            )
-        if self.rollout.top_p < 1 or self.rollout.top_k > 0:
-            found.append(
-                "rollout.top_p/top_k truncate the sampling distribution; the training log-probs "
-                "are those of the whole vocabulary, so every gradient is slightly off-policy"
-            )
-        centred = self.advantage.method in _GROUP_BASELINE and self.rollout.n > 1
-        if centred and self.train.updates_per_step * self.train.passes == 1:
-            found.append(
-                "the loss will read about 0: on-policy the ratio is 1 and a group's advantages sum "
-                "to 0. Its gradient is not 0; reward and gradient norm tell how training goes"
-            )
-        if self.reset.active and not self.needs_ref:
-            found.append("[reset] without a KL term (loss.kl_coef = 0): there is no reference, so "
-                         "a reset only starts the optimizer anew")  # fmt: skip
-        if self.budget.kind == "gvm" and self.train.steps % self.budget.steps:
-            found.append(
-                f"train.steps = {self.train.steps} is no multiple of budget.steps = "
-                f"{self.budget.steps}: the last pilot is not used up"
-            )
-        if self.rollout.refill_rounds and self.advantage.method == "raw":
-            found.append("rollout.refill_rounds replaces groups that advantage.method = 'raw' uses")
-        return found
 
     def to_toml(self) -> str:
         """The resolved recipe: what `load` reads back to an equal Config (None = key left out)."""
@@ -341,10 +300,13 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """Dotted key -> value of all that decides a run's numbers (see FREE_ON_RESUME)."""
-        flat = dict(flatten(self.model_dump(mode="json")))
+        tree = self.model_dump(mode="json")
+        tree["stages"] = {str(i): stage for i, stage in enumerate(tree["stages"])}
+        flat = {k: v for k, v in flatten(tree) if not (k.startswith("stages.") and v == {})}
         free = [k for k in flat if k in FREE_ON_RESUME or k.split(".")[0] in FREE_ON_RESUME]
-        if self.optimizer.schedule != "constant":
-            free.remove("train.steps")  # the learning rate depends on it
+        if self.optimizer.schedule != "constant" or self.reset.needs_validation:
+            # The learning rate depends on it, and whether the last step ends with an evaluation.
+            free.remove("train.steps")
         return {k: v for k, v in flat.items() if k not in free}
 
 

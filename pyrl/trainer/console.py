@@ -102,7 +102,7 @@ def warnings(metrics: Mapping[str, Any]) -> list[str]:
     if metrics.get("nan_rewards"):
         found.append(f"rewards without a value: {number(metrics['nan_rewards'])}")
     groups, flat = metrics.get("groups"), metrics.get("zero_variance_groups")
-    if groups and flat is not None and flat >= groups:
+    if groups and flat is not None and flat >= groups and not metrics.get("updates"):
         found.append("every group has equal rewards: no gradient")
     if (metrics.get("truncated_share") or 0) > 0.5:
         found.append(f"{metrics['truncated_share']:.0%} of completions truncated")

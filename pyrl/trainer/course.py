@@ -35,7 +35,8 @@ class Course:
             critic = CriticCredit(
                 parts.critic,
                 MasterAdamW(parts.critic, OptimizerConfig(**settings)),
-                **config.critic.model_dump(),
+                **config.critic.model_dump() | {"value_clip": config.critic.value_clip or None},
+                reward_map=config.advantage.reward_map,
             )
         stage = config.stage(step)
         now = config.at(step)
@@ -59,10 +60,11 @@ class Course:
         """Goes on to the stage of `step`; returns it where it begins there."""
         begins = self.config.begins_stage(step)
         if begins is not None and self.stage != self.config.stage(step):
-            now = self.config.at(step)
+            before, now = self.setting.config, self.config.at(step)
             self.stage = self.config.stage(step)
             self.setting = self.parts.settings[self.stage]
-            self.budget = make_budget(now, self.parts.prompts.key)
+            if not now.shares_budget(before):  # else a shard goes on
+                self.budget = make_budget(now, self.parts.prompts.key)
             self.credit = make_credit(now, self.parts.policy.device, self.credit)
         return begins
 
@@ -84,8 +86,9 @@ class Course:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave. A budget that belongs to a stage before is left out."""
-        if state["stage"] == self.stage:
+        """What `state_dict` gave. The budget of a stage before goes on as in `enter`."""
+        before = self.parts.settings[state["stage"]].config
+        if before.shares_budget(self.setting.config):
             self.budget.load_state_dict(state["budget"])
         self.credit.load_state_dict(state["credit"])
         self.rule.load_state_dict(state["rule"])

@@ -72,8 +72,8 @@ class Prompts:
         """The next `count` places; `drawn` [prompts drawn from each domain] goes on.
 
         Draw k is from the domain whose share of [0, 1) holds frac(offset + k golden ratio): after
-        any number of draws every domain has its share to within about one prompt, and the weights
-        may change at any time.
+        any number of draws every domain has its share to within a few prompts, and the weights may
+        change at any time.
         """
         domains = [d for d in self._streams if weights.get(d, 1.0) > 0]
         total = sum(weights.get(d, 1.0) for d in domains)

@@ -106,12 +106,14 @@ def evaluate(
     seed: int,
     success: float = 1.0,
     weights: Mapping[str, float] | None = None,
+    scales: Mapping[str, float] | None = None,
     on_phase: Callable[[str], None] = lambda name: None,
 ) -> Evaluation:
     """Samples `params.n` completions of every prompt with the engine's weights and scores them.
 
-    success, weights: see `describe`; on_phase hears `sample` and `score` as they begin. All prompts
-    go to the engine in one call: its noise depends on a prompt's place in it.
+    success, weights: see `describe`; scales: of the domains' rewards; on_phase hears `sample` and
+    `score` as they begin. All prompts go to the engine in one call: its noise depends on a prompt's
+    place in it.
     """
     on_phase("sample")
     begin = time.perf_counter()
@@ -133,6 +135,7 @@ def evaluate(
             answers=[score.answer for score in row] if told else None,
             unread=[score.answer_error is not None for score in row] if told else None,
             domain=group.domain,
+            scale=(scales or {}).get(group.domain, 1.0),
         )
         for group, row in zip(groups, rows, strict=True)
     ]
@@ -141,6 +144,8 @@ def evaluate(
     if details["overall"]["majority"] is None:
         reason = next((s.answer_error for s in scores if s.answer_error), "no sample was scored")
         absent = reason if told else "the task has no method `answer`"
+        if told and "NotImplementedError" in absent:
+            absent = "the task tells no answers for these prompts"
     details["lost_reason"] = next((a.error for g in groups for a in g.attempts if a.error), None)
     details["answers_absent"] = absent
     answers = [[score.answer for score in row] for row in rows] if told else None

@@ -41,6 +41,8 @@ def run_evaluation(
             params,
             seed=derive_seed(config.train.seed, 0, "held-out"),
             success=config.eval.success,
+            weights=config.reset.blend or None,
+            scales=config.task.scales,
             on_phase=on_phase,
         )
         tokens = sum(len(a.tokens) for group in found.groups for a in group.attempts)

@@ -40,6 +40,8 @@ class Outcome:
     unread: Sequence[bool] | None = None
     """Samples whose answer could not be told (the task's code failed): out of maj@k."""
     domain: str = ""
+    scale: float = 1.0
+    """What the rewards were multiplied by; a success is one of at least `success` before that."""
 
 
 def powers(n: int) -> list[int]:
@@ -242,7 +244,8 @@ def _table(
     kept = [(o, ~np.isnan(r)) for o, r in zip(outcomes, every, strict=True)]
     scored = [r[mask] for r, (_, mask) in zip(every, kept, strict=True)]
     n = np.array([len(r) for r in scored], dtype=np.int64)
-    c = np.array([(r >= success).sum() for r in scored], dtype=np.int64)
+    least = [success * o.scale for o in outcomes]
+    c = np.array([(r >= x).sum() for r, x in zip(scored, least, strict=True)], dtype=np.int64)
     here = n > 0
     columns = [np.array([r.mean() if len(r) else math.nan for r in scored])]
     columns += [pass_at_k(n, c, k) for k in ks]

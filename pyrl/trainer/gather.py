@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pyrl.algorithms import Draw, Group, PilotResult, Place, accepted_weights
+from pyrl.algorithms import Attempt, Draw, Group, PilotResult, Place, accepted_weights
 from pyrl.packing import Sample
 from pyrl.trainer.data import derive_seed
 from pyrl.trainer.evaluate import score_groups
 from pyrl.trainer.gradient_norms import gradient_norms
 
 if TYPE_CHECKING:
+    from pyrl.trainer.config import Config
     from pyrl.trainer.session import Session
 
 
@@ -69,9 +71,9 @@ def sample(session: Session, step: int, draws: Sequence[Draw], purpose: str) -> 
     with session.clock("score"):
         groups = score_groups(parts.scorer, parts.policy.tokenizer, prompts, completions)
     weights = [draw.weight for draw in draws]
-    budget = session.setting.config.budget
-    if budget.prompt_weight == "inverse_accepted":
-        accepted = [sum(a.reward >= budget.accept for a in group.attempts) for group in groups]
+    config = session.setting.config
+    if config.budget.prompt_weight == "inverse_accepted":
+        accepted = [sum(is_accepted(a, group, config) for a in group.attempts) for group in groups]
         weights = accepted_weights(draws, accepted)
     for group, draw, weight in zip(groups, draws, weights, strict=True):
         group.place, group.weight = draw.place, weight
@@ -97,6 +99,11 @@ class Pilot:
         return [found[place] for place in places]
 
 
+def is_accepted(attempt: Attempt, group: Group, config: Config) -> bool:
+    """reward >= budget.accept, before the scale of its domain."""
+    return attempt.reward >= config.budget.accept * config.task.scales.get(group.domain, 1.0)
+
+
 def measure(session: Session, groups: Sequence[Group]) -> dict[Place, PilotResult]:
     """Of every place: accepted and scored completions, and the mean over the accepted ones of the
     norm of their gradient."""
@@ -105,7 +112,7 @@ def measure(session: Session, groups: Sequence[Group]) -> dict[Place, PilotResul
         (group, attempt)
         for group in groups
         for attempt in group.attempts
-        if attempt.reward >= config.budget.accept
+        if is_accepted(attempt, group, config)
     ]
     norms = gradient_norms(
         parts.policy,
@@ -117,7 +124,8 @@ def measure(session: Session, groups: Sequence[Group]) -> dict[Place, PilotResul
     )
     of_place: dict[Place, list[float]] = {group.place: [] for group in groups}
     for (group, _), norm in zip(accepted, norms, strict=True):
-        of_place[group.place].append(norm)
+        if math.isfinite(norm):
+            of_place[group.place].append(norm)
     scored = dict.fromkeys(of_place, 0)
     for group in groups:
         scored[group.place] += sum(a.reward == a.reward for a in group.attempts)

@@ -18,7 +18,7 @@ from pyrl.trainer.config import Config
 from pyrl.trainer.console import Console
 from pyrl.trainer.data import permutation
 from pyrl.trainer.gather import gather
-from pyrl.trainer.metrics import batch_metrics, loss_metrics
+from pyrl.trainer.metrics import batch_metrics, loss_metrics, signal_share
 from pyrl.trainer.optimizer import learning_rate
 from pyrl.trainer.preflight import preflight
 from pyrl.trainer.rows import logprobs, pack_rows, policy_loss
@@ -60,7 +60,7 @@ def train_step(session: Session) -> None:
 
     # Advantages, minibatches (one optimizer update each), rows (one micro-batch each).
     device = policy.head().weight.device
-    credit.assign(batch)
+    told = credit.assign(batch)
     minis = minibatches(
         batch,
         spec,
@@ -125,6 +125,9 @@ def train_step(session: Session) -> None:
 
     metrics: dict[str, Any] = {"step": step, **batch_metrics(gathered)}
     metrics |= loss_metrics(losses, len(norms), spec)
+    metrics |= {k: told[k] for k in ("filtered", "pairs") if k in told}
+    if not credit.dense:  # else the critic's values decide
+        metrics["signal_share"] = signal_share(batch)
     metrics |= terms | credit.metrics() | session.budget.metrics()
     metrics |= {
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,

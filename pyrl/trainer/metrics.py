@@ -8,12 +8,13 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pyrl.algorithms import Group
 from pyrl.losses import LossSpec, reduce_metrics
 
 if TYPE_CHECKING:
@@ -54,21 +55,33 @@ def peak_rss_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def signal_share(groups: Sequence[Group]) -> float:
+    """Of all completions of the groups, those that are kept with an advantage; 0 of none."""
+    attempts = [attempt for group in groups for attempt in group.attempts]
+    return sum(a.keep and a.advantage != 0 for a in attempts) / max(1, len(attempts))
+
+
 def batch_metrics(gathered: Gathered) -> dict[str, float]:
     """Of everything that was sampled in a step, used for training or not; samples and tokens count
-    the pilot's too. signal_share: of the completions learned from, those with an advantage."""
+    the pilot's too. reward_prompt_mean: every prompt counts once, however often it was sampled."""
     groups = gathered.sampled
     attempts = [a for group in groups for a in group.attempts]
     scored = [a.reward for a in attempts if a.reward == a.reward]
+    by_prompt: dict[str, list[float]] = {}
+    for group in groups:
+        own = [a.reward for a in group.attempts if a.reward == a.reward]
+        if own:
+            by_prompt.setdefault(group.prompt_id, []).extend(own)
     lengths = [len(a.tokens) for a in attempts]
-    learned = [a for group in gathered.batch for a in group.attempts if a.keep]
     found = {
         "reward_mean": statistics.fmean(scored) if scored else math.nan,
+        "reward_prompt_mean": statistics.fmean(map(statistics.fmean, by_prompt.values()))
+        if by_prompt
+        else math.nan,
         "reward_std": statistics.pstdev(scored) if scored else math.nan,
         "zero_variance_groups": sum(group.zero_variance for group in groups),
         "groups": len(groups),
         "nan_rewards": len(attempts) - len(scored),
-        "signal_share": statistics.fmean(a.advantage != 0 for a in learned) if learned else 0.0,
         "completion_length_mean": statistics.fmean(lengths) if lengths else math.nan,
         "truncated_share": statistics.fmean(a.finish_reason == "length" for a in attempts)
         if attempts

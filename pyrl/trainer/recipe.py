@@ -17,7 +17,9 @@ from typing import Any
 import annotated_types
 import pydantic
 
+from pyrl.trainer.algorithm_config import Stage
 from pyrl.trainer.config import Config, Section, flatten
+from pyrl.trainer.sampling_config import MixConfig, TaskConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,11 +84,15 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
 def _explain(error: Any, place: Mapping[str, str], recipe: str) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)
-    within = [where for name, where in place.items() if not path or name.split(".")[0] == path[0]]
-    where = (
-        place.get(key) or (", ".join(within) if error["type"] == "value_error" else "") or recipe
-    )
     message = error["msg"].removeprefix("Value error, ")
+    # A rule over several keys: the flags that it speaks of, and the recipe for what they leave.
+    named = [
+        flag
+        for name, flag in place.items()
+        if (not path or name.split(".")[0] == path[0]) and name.split(".")[-1] in message
+    ]
+    both = ", ".join(dict.fromkeys([*named, *([] if recipe == "arguments" else [recipe])]))
+    where = place.get(key) or (both if error["type"] == "value_error" else "") or recipe
     if error["type"] == "extra_forbidden":
         return unknown_key(key, where)
     if not path or (len(path) == 1 and error["type"] == "value_error"):
@@ -101,13 +107,24 @@ def unknown_key(key: str, where: str) -> str:
     known = sorted(cls.model_fields) if cls else []
     close = difflib.get_close_matches(leaf, known, n=1)
     guess = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{where}: unknown key {key!r}{guess}; known here: {', '.join(known)}"
+    here = f"; known here: {', '.join(known)}" if known else ""
+    return f"{where}: unknown key {key!r}{guess}{here}"
 
 
 def _section(path: list[str]) -> type[Section] | None:
     cls: Any = Config
     for part in path:
-        field = cls.model_fields.get(part)
+        if part.isdigit() and cls is Stage:  # stages.0
+            continue
+        field = cls.model_fields.get(part) if cls is not MixConfig else None
+        if cls is TaskConfig and part == "mix":
+            cls = MixConfig
+            continue
+        if cls is MixConfig:  # task.mix.NAME
+            return cls
+        if part == "stages":
+            cls = Stage
+            continue
         if field is None or not isinstance(field.annotation, type):
             return None
         if not issubclass(field.annotation, Section):

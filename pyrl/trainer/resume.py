@@ -45,7 +45,8 @@ def recover(
     """
     saved = checkpoints.load(tell)
     if saved is not None:
-        check_identity(saved["identity"], config, folder.path)
+        step = saved["progress"].get("step", 0)
+        check_identity(saved["identity"], config, folder.path, step)
         return saved
     step, every = folder.last_step(), config.train.checkpoint_every
     if folder.summary_path.exists() or (step is not None and 0 < every <= step):
@@ -67,13 +68,25 @@ def restore(saved: dict[str, Any], optimizer: MasterAdamW) -> Progress:
         ) from error
 
 
-def check_identity(saved: dict[str, Any], config: Config, path: os.PathLike[str]) -> None:
-    """ConfigError when the checkpoint belongs to a run of other settings: two would be mixed."""
-    ours = config.identity()
+def check_identity(
+    saved: dict[str, Any], config: Config, path: os.PathLike[str], step: int
+) -> None:
+    """ConfigError when the checkpoint belongs to a run of other settings: two would be mixed.
+
+    Stages that begin after `step`, and how long the present one still lasts, may change.
+    """
+    ours, present = config.identity(), config.stage(max(step, 1))
+
+    def ahead(key: str) -> bool:
+        if not key.startswith("stages."):
+            return False
+        _, i, rest = key.split(".", 2)
+        return int(i) > present or (int(i) == present and rest == "steps")
+
     different = [
         f"{key} = {saved.get(key)!r} there, {ours.get(key)!r} here"
         for key in sorted({*saved, *ours})
-        if not _same(saved.get(key), ours.get(key))
+        if not _same(saved.get(key), ours.get(key)) and not ahead(key)
     ]
     if different:
         raise ConfigError(

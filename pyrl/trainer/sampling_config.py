@@ -95,8 +95,19 @@ def _leaves(value: Any) -> Any:
     return value
 
 
+def _table(value: Any) -> Any:
+    """`none` empties a table; anything else that is none is an error that shows one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError('expected a TOML table, such as { name = "value" }')
+    return value
+
+
 #: Keyword arguments of something that the recipe names.
-Options = Annotated[dict[str, Any], pydantic.AfterValidator(_options)]
+Options = Annotated[
+    dict[str, Any], pydantic.BeforeValidator(_table), pydantic.AfterValidator(_options)
+]
 
 
 class MixConfig(Section):
@@ -112,6 +123,9 @@ class MixConfig(Section):
     """Its rewards are multiplied by this."""
 
 
+#: Names that metrics of the whole mixture have: reward_mean, heldout_low, ...
+TAKEN = ("mean", "std", "prompt_mean", "low", "high")
+
 #: `task.name` of a mixture.
 MIXTURE = "mixture"
 
@@ -123,12 +137,19 @@ class TaskConfig(Section):
     """Name of a registered task; with `task.mix`, `mixture`."""
     options: Options = Field(default_factory=dict)
     """Keyword arguments of that task."""
-    mix: dict[str, MixConfig] = Field(default_factory=dict)
+    mix: Annotated[dict[str, MixConfig], pydantic.BeforeValidator(_table)] = Field(
+        default_factory=dict
+    )
     """Several tasks at once: domain -> task, options, weight, scale."""
     workers: PositiveInt = 1
     """Processes that score completions."""
     deadline: PositiveFloat = 10.0
     """Seconds one completion's scoring may take; beyond it the sample is lost, not the run."""
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Domain -> what its rewards are multiplied by; {} for a single task."""
+        return {domain: part.scale for domain, part in self.mix.items()}
 
     @pydantic.model_validator(mode="after")
     def _one_task_or_a_mixture(self) -> TaskConfig:
@@ -137,10 +158,16 @@ class TaskConfig(Section):
                 raise ValueError("name = 'mixture' needs the domains of [task.mix]")
             return self
         if ("name" in self.model_fields_set and self.name != MIXTURE) or self.options:
-            raise ValueError("name and options are one task's, mix holds several: give one")
+            raise ValueError(
+                f"name = {self.name!r} and options are one task's, mix holds several: give one "
+                "(flags for a mixture: --task.name mixture --task.options none; for one task: "
+                "--task.mix none)"
+            )
         for domain in self.mix:
             if not domain or not all(c.isalnum() or c in "-_" for c in domain):
                 raise ValueError(f"mix.{domain}: expected a name of letters, digits, - and _")
+            if domain in TAKEN or domain.startswith("pass_at_"):
+                raise ValueError(f"mix.{domain}: a metric has that name; expected another")
         if not any(part.weight for part in self.mix.values()):
             raise ValueError("mix: every weight is 0, so no prompt can be drawn")
         self.name = MIXTURE

@@ -174,6 +174,7 @@ class Session:
     def enter_step(self) -> None:
         """Before a step: the stage that it is in, with the reset that it may begin with."""
         stage = self.course.enter(self.progress.step + 1)
+        self.optimizer.max_grad_norm = self.setting.config.optimizer.max_grad_norm
         if stage is not None:
             name = stage.name or f"{self.course.stage + 1} of {len(self.config.stages)}"
             self.console.message(f"stage {name}: steps {self.progress.step + 1} to "
@@ -197,10 +198,13 @@ class Session:
             self.parts.reference.reset(self.parts.policy)
         if optimizer:
             self.optimizer.reset()
+        self.course.rule.restart(self.progress.step)
         self.progress.resets += 1
         self.progress.reset_step = self.progress.step
-        self.console.message(f"after step {self.progress.step}: reference reset"
-                             f"{' with the optimizer' if optimizer else ''}, {reason}")  # fmt: skip
+        what = ["reference"] * (self.parts.reference is not None) + ["optimizer"] * optimizer
+        self.console.message(
+            f"after step {self.progress.step}: {' and '.join(what) or 'nothing to'} reset, {reason}"
+        )
 
     def goes_on(self) -> bool:
         """Whether there is another step to do."""
@@ -221,6 +225,7 @@ class Session:
                 seed=derive_seed(self.config.train.seed, 0, "held-out"),
                 success=self.config.eval.success,
                 weights=self.config.reset.blend or None,
+                scales=self.config.task.scales,
             )
         self.last_evaluation = found.details
         step = self.progress.step

@@ -64,6 +64,8 @@ def make_budget(config: Config, key: Callable[[tuple[str, int]], Hashable]) -> B
     """The stage's budget, from its beginning. `key` tells places of the same prompt."""
     prompts, n = config.rollout.prompts_per_step, config.rollout.n
     settings = config.budget.model_dump(exclude={"kind", "gradient", "accept"})
+    if settings["minimum"] is None:
+        settings["minimum"] = 2 if config.has_group_baseline else 1
     if config.budget.kind == "uniform":
         return Uniform(prompts, n)
     if config.budget.kind == "gvm":
@@ -80,7 +82,9 @@ def make_credit(config: Config, device: object, critic: Credit | None) -> Credit
         return critic
     if config.advantage.method == "pairs":
         return PairCredit(
-            **config.preference.model_dump(), mask_truncated=config.train.mask_truncated
+            **config.preference.model_dump(),
+            reward_map=config.advantage.reward_map,
+            mask_truncated=config.train.mask_truncated,
         )
     return GroupCredit(
         **config.advantage.model_dump(), device=str(device), backend=config.train.backend

@@ -60,8 +60,11 @@ def prepare(config: Config) -> Parts:
     select(config.train.backend, device)
     task = _task(config)
     stages = {i: config.at(step) for i, step in _first_steps(config)}
-    for stage in stages.values():
-        make_budget(stage, hash)  # only checks its settings
+    for i, stage in stages.items():
+        try:
+            make_budget(stage, hash)  # only checks its settings
+        except ValueError as error:
+            raise ValueError(f"{f'stages[{i}]: ' if i >= 0 else ''}budget.{error}") from None
     policy = _load(config, device)
     prompts, heldout = _prompts(config, list(stages.values()), task, policy)
     reference: Reference | None = None
@@ -102,11 +105,12 @@ def prepare(config: Config) -> Parts:
 
 
 def _first_steps(config: Config) -> list[tuple[int, int]]:
-    """(stage, its first step); (-1, 1) without stages."""
+    """(stage, its first step) of those that the run comes to; (-1, 1) without stages."""
     if not config.stages:
         return [(-1, 1)]
     lengths = [stage.steps for stage in config.stages]
-    return [(i, 1 + sum(lengths[:i])) for i in range(len(lengths))]
+    firsts = [(i, 1 + sum(lengths[:i])) for i in range(len(lengths))]
+    return [(i, step) for i, step in firsts if i == 0 or step <= config.train.steps]
 
 
 def _task(config: Config) -> Task:
@@ -124,7 +128,8 @@ def _prompts(
 ) -> tuple[Prompts, list[EncodedPrompt]]:
     """The training prompts, drawn ahead where one could be too long, and the held-out ones: as many
     of every domain, in turn."""
-    longest = max(c.rollout.max_new_tokens for c in (config, *stages))
+    used = stages if config.train.steps else [config]
+    longest = max(c.rollout.max_new_tokens for c in (config, *used))
     room, seed = policy.max_length - longest, config.train.seed
     if room < 1:
         raise ValueError(

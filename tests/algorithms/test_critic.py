@@ -91,7 +91,7 @@ def test_advantages_are_gae_of_the_totals(folder, gamma, lam, whiten, share):
     for attempt, v in zip(kept, by_sample(minis, rows, values), strict=True):
         after, carried, out = 0.0, 0.0, []
         for t in reversed(range(len(v))):
-            reward = attempt.total if t == len(v) - 1 else 0.0
+            reward = attempt.total() if t == len(v) - 1 else 0.0
             carried = reward + gamma * after - float(v[t]) + gamma * lam * carried
             after = float(v[t])
             out.append(carried)

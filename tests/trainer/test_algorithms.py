@@ -32,9 +32,7 @@ def metrics(folder):
 
 
 def numbers(folder):
-    return [
-        {k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics(folder)
-    ]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics(folder)]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -64,7 +62,7 @@ def test_packing_changes_no_number(make_config, tmp_path, console, name):
 
 def test_a_critic_learns_values(make_config, tmp_path, console):
     settings = ALGORITHMS["ppo"] | {"optimizer__lr": 0.0, "critic__lr": 0.02, "train__steps": 12}
-    config = make_config(**settings, optimizer__warmup_steps=0, critic__value_clip="none")
+    config = make_config(**settings, optimizer__warmup_steps=0, critic__value_clip=0)
     train(config, tmp_path / "run", console=console)
     rows = metrics(tmp_path / "run")
     # An lr of 0 keeps the policy, so that the critic's task stays the same.
@@ -79,7 +77,7 @@ def test_pairs_are_learned(make_config, tmp_path, console):
     assert rows[0]["preference_loss"] == pytest.approx(0.6931, abs=0.05)
     assert rows[-1]["preference_margin"] > rows[0]["preference_margin"]
     assert rows[-1]["reward_mean"] > rows[0]["reward_mean"]
-    assert all(row["signal_share"] == 1 for row in rows)  # only pairs are kept
+    assert all(row["signal_share"] <= 0.5 and row["pairs"] for row in rows)  # 2 of each 4
 
 
 def test_gvm_spends_what_uniform_spends_with_as_many_updates(make_config, tmp_path, console):
@@ -104,9 +102,7 @@ def test_a_budget_without_a_pilot_shifts_samples_once_prompts_are_known(
     assert rows[0]["budget_max"] == 4 < max(row["budget_max"] for row in rows[1:])
 
 
-def test_reward_terms_change_advantages_and_not_the_reported_reward(
-    make_config, tmp_path, console
-):
+def test_reward_terms_change_advantages_and_not_the_reported_reward(make_config, tmp_path, console):
     stops = {"rollout__stop_token_ids": list(range(3, 90)), "train__steps": 1}
     for name, more in (("plain", {}), ("terms", {"reward__nontermination_penalty": 0.5})):
         train(make_config(**stops | more), tmp_path / name, console=console)
@@ -119,7 +115,11 @@ def test_reward_terms_change_advantages_and_not_the_reported_reward(
 
 def test_the_length_term_is_on_and_off_in_turn(make_config, tmp_path, console):
     config = make_config(
-        reward__cosine_high=1.0, reward__cosine_on=1, reward__cosine_off=2, train__steps=4
+        reward__cosine_low=0.5,
+        reward__cosine_high=1.0,
+        reward__cosine_on=1,
+        reward__cosine_off=2,
+        train__steps=4,
     )
     train(config, tmp_path / "run", console=console)
     assert [row["cosine_mean"] > 0 for row in metrics(tmp_path / "run")] == [
