@@ -117,8 +117,8 @@ class GVM:
 
     drop_easy: prompts with p_i above it get nothing. drop_hard: nor do those with p_i * n below it,
     the acceptances that a uniform budget would expect. Where no prompt has a weight (all failed,
-    all dropped) the whole shard is drawn uniformly. minimum: a prompt gets that many samples or
-    none (a group's baseline needs two). maximum: samples of one prompt at most; what
+    all dropped) the whole shard is drawn uniformly. minimum: of a prompt with a weight (a
+    group's baseline needs two); where they do not suffice, some prompts get none. maximum: samples of one prompt at most; what
     the prompts with a weight then cannot take is spread over the others.
     group_size: 0 draws one group of n_i, k draws n_i // k groups of k, the last with the remainder.
     prompt_weight: "inverse_np" weighs with 1 / (n_i p_i), mean 1 over the step's prompts, n_i of
@@ -155,7 +155,7 @@ class GVM:
             steps=(steps, 1),
             group_size=(group_size, 0),
             minimum=(minimum, 1),
-            maximum=(n if maximum is None else maximum, max(n, minimum)),
+            maximum=(max(n, minimum) if maximum is None else maximum, max(n, minimum)),
         )
         if count_pilot and pilot_samples >= n:
             raise ValueError(
@@ -238,8 +238,8 @@ class GVM:
     def _at_least(
         self, rates: list[float], norms: list[float], total: int, options: dict[str, Any]
     ) -> list[int]:
-        """The allocation in which a prompt gets `minimum` samples or none. Where they do not
-        suffice for all, those that it would give the most are kept."""
+        """The allocation in which a prompt with a weight gets at least `minimum` samples. Where
+        they do not suffice for all, those that it would give the most are kept."""
         counts = allocate_budget(rates, norms, total, **options).tolist()
         weighted = [i for i, norm in enumerate(norms) if norm > 0]
         if self.minimum == 1 or not weighted:

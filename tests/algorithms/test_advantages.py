@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyrl.algorithms import Attempt, Group, GroupCredit, assign_advantages
+from pyrl.algorithms.advantages import JUDGES
 from pyrl.ops.group_advantage import FILTERS, METHODS, group_advantage
 
 
@@ -42,7 +43,7 @@ def brute(pairs, method, filters, mode, signed):
             or ("drop_zero_std" in filters and len(set(scored)) == 1)
         )
         for r, (_, bonus) in zip(rewards, group, strict=True):
-            total = r + bonus
+            total = r if method in JUDGES else r + bonus
             out.append((bool(hit), not math.isnan(total)))
             totals.append(math.nan if hit and mode == "drop" else total)
     ids = torch.tensor([g for g, group in enumerate(pairs) for _ in group])
@@ -74,6 +75,14 @@ def test_filters_judge_rewards_and_methods_read_sums(pairs, method, filters, mod
     assert metrics["nan_rewards"] == sum(math.isnan(r) for g in pairs for r, _ in g)
     scored = [2 * r - 1 if signed else r for g in pairs for r, _ in g if not math.isnan(r)]
     assert metrics["reward_sum"] == pytest.approx(sum(scored))
+
+
+@pytest.mark.parametrize("method", JUDGES)
+def test_who_is_accepted_depends_on_no_bonus(method):
+    """A short wrong answer is not reinforced, a long right one is not rejected."""
+    groups = batch([(0.0, 0.1), (0.0, 0.0), (1.0, -1.0), (1.0, 0.05)])
+    assign_advantages(groups, method=method)
+    assert flat(groups, "advantage") == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("mode", ["zero", "drop"])

@@ -312,3 +312,35 @@ def test_a_pilot_of_another_length_is_refused():
     data = Data(TRUTH)
     with pytest.raises(ValueError, match="pilot: 3 results for 4 prompts"):
         GVM(4, 12, steps=1).plan(1, data.take, lambda places, n: data.pilot(places, n)[:3])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.floats(0.1, 9)), min_size=1, max_size=12),
+    st.integers(2, 4),
+    st.integers(5, 16),
+)
+def test_a_prompt_gets_the_minimum_or_nothing(table, minimum, n):
+    truth = [(accepted / 8, norm) for accepted, norm in table]
+    data, budget = Data(truth), GVM(len(truth), n, pilot_samples=8, steps=1, count_pilot=False,
+                                    minimum=minimum)  # fmt: skip
+    (draws,) = data.steps(budget, 1)
+    spent = by_place(draws)
+    assert sum(spent.values()) == n * len(truth)
+    assert min(spent.values()) >= minimum
+    plain = by_place(Data(truth).steps(
+        GVM(len(truth), n, pilot_samples=8, steps=1, count_pilot=False), 1
+    )[0])  # fmt: skip
+    weighted = sum(accepted > 0 for accepted, _ in table)
+    if len(plain) == weighted and min(plain.values()) >= minimum:  # nothing to mend
+        assert spent == plain
+
+
+def test_a_minimum_above_the_shard_goes_to_the_prompt_that_matters_most():
+    data = Data([(0.5, 1.0), (0.5, 3.0)])
+    budget = GVM(2, 2, pilot_samples=8, steps=1, count_pilot=False, minimum=4)
+    assert by_place(data.steps(budget, 1)[0]) == {("sums", 1): 4}
+    with pytest.raises(ValueError, match="minimum=0"):
+        GVM(2, 4, pilot_samples=2, minimum=0)
+    with pytest.raises(ValueError, match="minimum=5: above the n=4"):
+        Online(2, 4, key=lambda place: place, minimum=5)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pyrl.trainer.loop import train
+from pyrl.trainer.recipe import load
 
 pytestmark = pytest.mark.usefixtures("without_report")
 
@@ -125,3 +126,29 @@ def test_the_length_term_is_on_and_off_in_turn(make_config, tmp_path, console):
     assert [row["cosine_mean"] > 0 for row in metrics(tmp_path / "run")] == [
         True, False, False, True,
     ]  # fmt: skip
+
+
+def test_a_critic_and_pairs_learn_from_mapped_rewards(make_config, tmp_path, console):
+    """Values of signed rewards lie twice as far apart, around 0."""
+    found = {}
+    for name in ("identity", "signed"):
+        settings = ALGORITHMS["ppo"] | {"advantage__reward_map": name, "train__steps": 1}
+        train(make_config(**settings), tmp_path / name, console=console)
+        found[name] = metrics(tmp_path / name)[0]
+    assert found["identity"]["reward_mean"] == found["signed"]["reward_mean"]
+    # V = 0 at first: the loss is the mean of R^2 / 2 of either.
+    assert found["identity"]["value_loss"] != found["signed"]["value_loss"]
+
+
+def test_acceptance_and_success_are_before_the_scale_of_a_domain(make_config, tmp_path, console):
+    mix = "{half = {task='letters', scale=0.5}, twice = {task='letters', scale=2.0}}"
+    base = make_config().model_dump(mode="json", exclude_none=True, exclude={"task"})
+    base["eval"] |= {"prompts": 8, "samples": 4, "success": 0.4}
+    base["budget"] = {"kind": "online", "accept": 0.4}
+    config = load(None, {"task.mix": mix}, **base)
+    train(config, tmp_path / "run", console=console)
+    rows = [json.loads(line) for line in (tmp_path / "run/evaluations.jsonl").open()]
+    domains = rows[0]["details"]["domains"]
+    for name, scale in (("half", 0.5), ("twice", 2.0)):
+        assert 0 < domains[name]["pass"]["1"]["mean"] < 1, name
+        assert domains[name]["mean"] < scale

@@ -67,7 +67,14 @@ def test_the_last_stage_goes_on_to_the_end_of_the_run(make_config):
         ({"rollout": {"n": 2}}, "stages.1.steps"),
         ({"steps": 1, "loss": {"clip_low": 2}}, r"stages\[1\]: .*clip_low=2"),
         ({"steps": 1, "reward": {"overlong_buffer": 99999}}, "overlong_buffer"),
-        ({"steps": 1, "task": {"mix": {"x": {"task": "letters"}}}}, "task"),
+        ({"steps": 1, "task": {"mix": {"x": {"weight": 1}}}}, r"stages\[1\]: task.mix.x: a stage"),
+        ({"steps": 1, "optimizer": {"warmup_steps": 2}}, "optimizer.warmup_steps: a stage may"),
+        ({"steps": 1, "loss": {"preset": "raft++"}}, "goes with advantage.method = 'positive'"),
+        (
+            {"steps": 1, "loss": {"clip_hig": 1}},
+            "loss.clip_hig = 1: unknown key; known here: .*clip",
+        ),
+        ({"steps": 1, "step": 2}, "unknown key 'stages.1.step' .did you mean 'steps'"),
     ],
 )
 def test_a_stage_that_cannot_be_is_named(stage, message):
@@ -106,6 +113,66 @@ def test_resets_by_time_leave_a_kl_of_0_and_survive_resumption(
     train(make_config(**settings | {"train__steps": 3}), broken, console=console)
     train(make_config(**settings), broken, resume=True, console=console)
     assert numbers(broken) == numbers(whole)
+
+
+def test_a_stage_changes_the_weight_of_a_domain_and_nothing_else_of_it():
+    mix = {"a": {"task": "letters"}, "b": {"task": "letters"}}
+    good = {"steps": 1, "task": {"mix": {"b": {"weight": 0}}}}
+    config = load(None, None, task={"mix": mix}, stages=[{"steps": 1}, good])
+    assert [config.at(step).task.mix["b"].weight for step in (1, 2)] == [1, 0]
+    for change in ({"scale": 3}, {"options": {"target": "x"}}, {"task": "instructions"}):
+        bad = {"steps": 1, "task": {"mix": {"b": change}}}
+        with pytest.raises(ConfigError, match=r"task.mix.b: a stage may change the weight of"):
+            load(None, None, task={"mix": mix}, stages=[{"steps": 1}, bad])
+    none = {"steps": 1, "task": {"mix": {"a": {"weight": 0}, "b": {"weight": 0}}}}
+    with pytest.raises(ConfigError, match=r"stages\[0\]: .*every weight is 0"):
+        load(None, None, task={"mix": mix}, stages=[none])
+
+
+def test_a_stage_clips_gradients_by_its_own_norm(make_config, tmp_path, console, monkeypatch):
+    seen, step = [], MasterAdamW.step
+
+    def recorded(self, lr):
+        seen.append(self.max_grad_norm)
+        return step(self, lr)
+
+    monkeypatch.setattr(MasterAdamW, "step", recorded)
+    stages = [{"steps": 1}, {"steps": 1, "optimizer": {"max_grad_norm": 0.25}}, {"steps": 1}]
+    train(staged(make_config, stages), tmp_path / "run", console=console)
+    assert seen == [1.0, 0.25, 1.0]
+
+
+def test_a_reset_of_a_stage_counts_for_those_by_time(make_config, tmp_path, console):
+    stages = [{"steps": 2}, {"steps": 5, "reset": True}]
+    config = staged(make_config, stages, loss__kl_coef=0.1, reset__every=3)
+    train(config, tmp_path / "run", console=console)
+    ages = [row["reference_age"] for row in metrics(tmp_path / "run")]
+    assert ages == [0, 1, 0, 1, 2, 0, 1]
+
+
+def test_a_shard_goes_on_over_the_edge_of_a_stage(make_config, tmp_path, console):
+    stages = [{"steps": 1}, {"steps": 1, "loss": {"clip_high": 0.3}}, {"steps": 2, "budget": {
+        "pilot_samples": 3}}]  # fmt: skip
+    budget = {"budget__kind": "gvm", "budget__pilot_samples": 2, "budget__steps": 2,
+              "budget__accept": 0.1}  # fmt: skip
+    config = staged(make_config, stages, **budget)
+    train(config, tmp_path / "run", console=console)
+    rows = metrics(tmp_path / "run")
+    assert [row["budget_pilot_samples"] for row in rows] == [16, 0, 24, 0]
+    assert rows[-1]["samples_total"] == 64 and config.stretches() == [(1, 2), (3, 2)]
+
+
+def test_stages_ahead_may_change_when_a_run_goes_on(make_config, tmp_path, console):
+    first = staged(make_config, [{"steps": 2}, {"steps": 1, "rollout": {"n": 3}}])
+    tree = first.model_dump(mode="json", exclude_none=True)
+    tree["train"]["steps"] = 2
+    train(Config.model_validate(tree), tmp_path / "run", console=console)
+    longer = staged(make_config, [{"steps": 2}, {"steps": 1, "rollout": {"n": 2}}, {"steps": 1}])
+    train(longer, tmp_path / "run", resume=True, console=console)
+    assert [row["samples"] for row in metrics(tmp_path / "run")] == [16, 16, 8, 16]
+    other = staged(make_config, [{"steps": 2, "rollout": {"n": 2}}, {"steps": 9}])
+    with pytest.raises(ConfigError, match=r"stages.0.rollout.n = None there, 2 here"):
+        train(other, tmp_path / "run", resume=True, console=console)
 
 
 def test_a_stall_of_the_validation_resets(make_config, tmp_path, console):
@@ -151,7 +218,16 @@ def test_a_reset_of_the_optimizer_forgets_its_moments(make_config):
         ({"budget.kind": "online", "rollout.refill_rounds": "1"}, "would replace them"),
         ({"budget.beta": "1.5"}, "budget.beta = 1.5"),
         ({"reward.overlong_buffer": "65"}, "overlong_buffer = 65"),
-        ({"reward.cosine_low": "1"}, "cosine_low"),
+        ({"reward.cosine_low": "1"}, "reward.cosine_low"),
+        ({"reward.cosine_low": "1", "advantage.method": "correct"}, "cosine_low"),
+        ({"reward.overlong_buffer": "6", "advantage.method": "correct"}, "would not see its terms"),
+        ({"critic.lr": "1e-4"}, "critic.lr = 0.0001 does nothing without advantage.method"),
+        ({"preference.beta": "1"}, "preference.beta = 1.0 does nothing without"),
+        ({"budget.group_size": "4"}, "budget.group_size = 4 does nothing without"),
+        ({"budget.kind": "online", "budget.group_size": "1"}, "compares the completions"),
+        ({"advantage.method": "gae", "advantage.eps": "1"}, "advantage.eps"),
+        ({"task.mix": "{mean = {task = 'letters'}}"}, "a metric has that name"),
+        ({"task.mix": "x"}, "expected a TOML table"),
     ],
 )
 def test_settings_that_cannot_be_are_named(values, message):
