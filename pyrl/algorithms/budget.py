@@ -117,9 +117,10 @@ class GVM:
 
     drop_easy: prompts with p_i above it get nothing. drop_hard: nor do those with p_i * n below it,
     the acceptances that a uniform budget would expect. Where no prompt has a weight (all failed,
-    all dropped) the whole shard is drawn uniformly. minimum: of a prompt with a weight (a
-    group's baseline needs two); where they do not suffice, some prompts get none. maximum: samples of one prompt at most; what
-    the prompts with a weight then cannot take is spread over the others.
+    all dropped) the whole shard is drawn uniformly. minimum: samples of a prompt with a weight at
+    least (a group's baseline needs two); where they do not suffice, some prompts get none. maximum:
+    samples of one prompt at most; what the prompts with a weight then cannot take is spread over
+    the others.
     group_size: 0 draws one group of n_i, k draws n_i // k groups of k, the last with the remainder.
     prompt_weight: "inverse_np" weighs with 1 / (n_i p_i), mean 1 over the step's prompts, n_i of
     this step; a p_i below half an acceptance of the pilot counts as that. "inverse_accepted" is
