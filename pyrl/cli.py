@@ -90,6 +90,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from pyrl.trainer.evaluation_page import as_json, write_evaluation
     from pyrl.trainer.evaluation_run import print_evaluation, remarks, run_evaluation
 
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)  # not after the work
     progress = Console(stderr=True)  # standard output is for the result
     with progress.status("starting") as status:  # draws on a terminal only
         found, conditions = run_evaluation(config, lambda name: status.update(f"{name} …"))

@@ -13,6 +13,10 @@ from pyrl.algorithms.experience import Group
 from pyrl.packing import PackedBatch
 
 
+class DivergedError(RuntimeError):
+    """What a credit computes is no longer finite; the message says what to lower."""
+
+
 class Credit:
     """From rewards to what every token of a step's batch is worth. This one does nothing.
 

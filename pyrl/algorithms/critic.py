@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pyrl.algorithms.credit import Credit, with_advantages
+from pyrl.algorithms.credit import Credit, DivergedError, with_advantages
 from pyrl.algorithms.experience import Group, RewardMap
 from pyrl.losses.value import value_loss
 from pyrl.ops.gae import gae
@@ -119,12 +119,17 @@ class CriticCredit(Credit):
 
     @torch.no_grad()
     def begin(self, parts: list[list[PackedBatch]]) -> list[list[PackedBatch]]:
-        """The rows with advantages, whitened over all `parts`; remembers returns and values."""
+        """The rows with advantages, whitened over all `parts`; remembers returns and values.
+
+        DivergedError where a value is not finite.
+        """
         self._targets = {}
         rows = [row for part in parts for row in part]
         found = []
         for row in rows:
             values = self.critic.values(row)
+            if not values[row.loss_mask].isfinite().all():
+                raise DivergedError("the critic's values are not finite: lower critic.lr")
             advantages, returns = gae(
                 _last_kept(row), values, gamma=self.gamma, lam=self.lam,
                 mask=row.loss_mask, cu_seqlens=row.cu_seqlens, backend=self.backend,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyrl.algorithms.credit import Credit, with_advantages
+from pyrl.algorithms.credit import Credit, DivergedError, with_advantages
 from pyrl.algorithms.experience import Attempt, Group, RewardMap
 from pyrl.packing import PackedBatch
 
@@ -83,7 +83,8 @@ class PairCredit(Credit):
     ) -> list[PackedBatch]:
         """The advantages above, for samples that are pair after pair, in either order inside.
 
-        ValueError: a row has no reference log-probs, or the samples are not such pairs.
+        DivergedError: a margin is not finite. ValueError: a row has no reference log-probs, or the
+        samples are not such pairs.
         """
         if not rows:
             return []
@@ -92,6 +93,8 @@ class PairCredit(Credit):
         chosen = sign.reshape(-1, 2).argmax(1) + 2 * torch.arange(len(sign) // 2)
         other = chosen ^ 1
         margin = self.beta * (score[chosen.to(device)] - score[other.to(device)])
+        if not margin.isfinite().all():
+            raise DivergedError("a pair's margin is not finite: lower preference.beta or the rate")
         s = self.label_smoothing
         pull = 2 * self.beta * ((1 - s) * torch.sigmoid(-margin) - s * torch.sigmoid(margin))
         worth = torch.empty_like(score)

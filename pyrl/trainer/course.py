@@ -56,6 +56,25 @@ class Course:
             ),
         )
 
+    def facts(self) -> dict[str, str]:
+        """For the headline of a run: what makes its algorithm."""
+        config = self.config
+        found = {"advantages": ", ".join([config.advantage.method, *config.advantage.filter])}
+        if config.rollout.refill_rounds:
+            found["advantages"] += f", up to {config.rollout.refill_rounds} rounds of refilling"
+        if config.budget.kind != "uniform":
+            found["budget"] = f"{config.budget.kind}, norms of {config.budget.gradient} gradients"
+        if config.reset.active:
+            rules = {"every": "{} steps", "patience": "{} evaluations without a gain",
+                     "drop_tol": "a fall of {}", "kl_spike": "{} times the median KL"}  # fmt: skip
+            on = [text.format(value) for key, text in rules.items()
+                  if (value := getattr(config.reset, key))]  # fmt: skip
+            found["resets"] = f"after {' or '.join(on)}"
+        if config.stages:
+            names = [stage.name or str(i + 1) for i, stage in enumerate(config.stages)]
+            found["stages"] = ", ".join(names)
+        return found
+
     def enter(self, step: int) -> Stage | None:
         """Goes on to the stage of `step`; returns it where it begins there."""
         begins = self.config.begins_stage(step)

@@ -136,6 +136,7 @@ class Session:
                 f"{config.rollout.n} completions x {config.rollout.max_new_tokens} tokens",
                 "loss": f"{config.loss.preset}: {spec.objective}, {spec.aggregation}"
                 + (f", {spec.kl} x {spec.kl_coef}" if spec.needs_ref else ""),
+                **self.course.facts(),
                 "packing": "off, a sample a row"
                 if config.train.packing == "off"
                 else f"{config.train.packing}, rows of {config.train.tokens_per_row:,} tokens",

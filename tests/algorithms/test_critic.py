@@ -9,6 +9,7 @@ import torch
 
 from pyrl import LossSpec, pack
 from pyrl.algorithms import Attempt, Critic, CriticCredit, Group, minibatches
+from pyrl.algorithms.credit import DivergedError
 from pyrl.models import load_policy
 from pyrl.testing import tiny_model_folder
 from pyrl.trainer.config import OptimizerConfig
@@ -262,3 +263,12 @@ def test_the_unused_head_is_not_trained(folder):
 def test_options_are_checked(folder, options, message):
     with pytest.raises(ValueError, match=message):
         build(folder, **options)
+
+
+def test_values_that_are_not_finite_are_named(folder):
+    credit = build(folder)
+    with torch.no_grad():
+        credit.critic.bias.fill_(math.inf)
+    _, rows = parts_of(credit, groups_of([[1.0, 0.0]]))
+    with pytest.raises(DivergedError, match=r"lower critic\.lr"):
+        credit.begin(rows)
