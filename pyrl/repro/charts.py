@@ -32,10 +32,11 @@ def write_image(result: Result, path: Path) -> None:
     figure = Figure(figsize=(width, 4.0 * rows), dpi=120)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     legends: dict[str, Any] = {}
+    titles = []
     for i, chart in enumerate(result.charts):
         axes = figure.add_subplot(rows, columns, i + 1)
         (_lines if chart.lines else _points)(axes, chart, result)
-        _style(axes, chart)
+        titles.append(_style(axes, chart))
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             legends.setdefault(label, handle)
     if legends:
@@ -43,6 +44,12 @@ def write_image(result: Result, path: Path) -> None:
             legends.values(), legends.keys(), loc="outside lower center", frameon=False,
             fontsize=8.5, ncols=min(4, len(legends)), handlelength=3.2,
         )  # fmt: skip
+    figure.draw_without_rendering()  # places the axes,
+    figure.set_layout_engine("none")  # for good
+    for title in titles:
+        wide = title.get_window_extent().width / title.axes.bbox.width
+        if wide > 1:  # it would run out of the image, or into the next chart
+            title.set_fontsize(title.get_fontsize() / wide)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     # A palette: a quarter of the bytes, which are kept in the repository for good.
@@ -106,8 +113,9 @@ def _wrapped(name: str) -> str:
     return f"{first},\n{rest}" if comma else name
 
 
-def _style(axes: Any, chart: Chart) -> None:
-    axes.set_title(chart.title, loc="left", fontsize=10.5, fontweight="bold")
+def _style(axes: Any, chart: Chart) -> Any:
+    """Frame, labels and scales; returns the title's text."""
+    title = axes.set_title(chart.title, loc="left", fontsize=10.5, fontweight="bold")
     if chart.note:
         axes.annotate(
             chart.note, (1, 1), xycoords="axes fraction", xytext=(0, 6), fontsize=8,
@@ -133,3 +141,4 @@ def _style(axes: Any, chart: Chart) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#aab1bc")
+    return title

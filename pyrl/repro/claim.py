@@ -9,7 +9,7 @@ import enum
 import math
 from typing import Any, Literal, get_args
 
-from pyrl.repro.statistics import Estimate, t_interval
+from pyrl.repro.statistics import Estimate, paired, t_interval
 
 Direction = Literal["above", "below", "reported"]
 
@@ -153,7 +153,7 @@ class Result:
             right = [float(claim.right)] * len(left)
         if len(left) != len(right):
             raise ValueError(f"{claim.text}: {len(left)} seeds against {len(right)}")
-        return t_interval([a - b for a, b in zip(left, right, strict=True)])
+        return paired(left, right)
 
     def verdict(self, claim: Claim) -> Verdict:
         """`judge` of the claim's difference."""

@@ -41,14 +41,13 @@ def reproduce(
     for name in wanted:
         miniature = MINIATURES[name]
         count = seeds or (QUICK_SEEDS if quick else miniature.seeds)
+        source = provenance()  # before the run: the tree may change during it
         began = time.perf_counter()
         result = miniature.load()(count, quick)
-        result.conditions |= {
-            "seconds": round(time.perf_counter() - began, 1),
-            "seeds": count,
-            "quick": quick,
-            **provenance(),
-        }
+        seconds = round(time.perf_counter() - began, 1)
+        ours = {"seconds": seconds, "seeds": count, "quick": quick, **source}
+        # What a miniature says itself is of the runs that it read, not of this process.
+        result.conditions = ours | result.conditions
         results.append(result)
         say(document.console_text(result))
         if out is not None:

@@ -1,7 +1,7 @@
 """Six algorithms on one task with SmolLM2-135M: the same samples, the same updates, several seeds.
 
 Every arm is a run of `pyrl train` in a process of its own; a run folder that holds a summary is not
-run again, so that a comparison which was broken off goes on.
+run again, so that a comparison which was broken off goes on. Its settings must be today's.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pyrl.repro.claim import Arm, Chart, Line, Result, Table, rounded
 from pyrl.repro.statistics import t_interval
+from pyrl.trainer.recipe import ConfigError, load
+from pyrl.trainer.sampling_config import flatten
 
 #: Where the runs are kept; PYRL_REPRO_RUNS overrides it.
 RUNS = "runs/repro-smollm2"
@@ -72,7 +76,8 @@ QUICK = {"train.steps": "1", "eval.prompts": "2", "eval.samples": "1", "rollout.
 
 
 class RunError(RuntimeError):
-    """A training run of the comparison failed; the message ends with what it printed."""
+    """A training run of the comparison failed, and the message ends with what it printed; or a
+    finished one has other settings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +94,12 @@ class _Run:
     """Samples that only served to estimate."""
     entropy: float
     """Of the last steps."""
+    summary: dict[str, Any]
 
 
 def compare(seeds: int, quick: bool) -> Result:
-    """Runs what is missing and reads all of it. RunError names the run that failed."""
+    """Runs what is missing and reads all of it. RunError names the run that failed, or that is
+    there with other settings."""
     folder = Path(os.environ.get("PYRL_REPRO_RUNS", RUNS)).resolve()
     jobs = [(name, seed) for seed in range(seeds) for name in ARMS]
 
@@ -103,15 +110,37 @@ def compare(seeds: int, quick: bool) -> Result:
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # each waits for a process of one thread
         found = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    return _result({name: [found[name, seed] for seed in range(seeds)] for name in ARMS})
+    result = _result({name: [found[name, seed] for seed in range(seeds)] for name in ARMS})
+    result.conditions = _conditions([run.summary for run in found.values()])
+    return result
+
+
+def _conditions(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where the figures come from: the runs, which may be older than this process."""
+
+    def distinct(values: Iterable[Any]) -> list[str]:
+        return sorted({value for value in values if value})
+
+    versions = [summary.get("versions", {}) for summary in summaries]
+    packages = distinct(name for each in versions for name in each)
+    return {
+        "seconds": round(sum(summary["seconds"] for summary in summaries), 1),
+        "threads": f"in the steps of {len(summaries)} runs, each on one thread",
+        "commit": distinct(summary.get("commit") for summary in summaries),
+        "machine": "; ".join(distinct(summary.get("machine") for summary in summaries)),
+        "versions": {
+            name: "; ".join(distinct(each.get(name) for each in versions)) for name in packages
+        },
+    }
 
 
 def _train(folder: Path, settings: dict[str, str], seed: int, quick: bool) -> Path:
     if quick:
         folder = folder.with_name(f"quick-{folder.name}")
-    if (folder / "summary.json").exists():
-        return folder
     values = BASE | settings | {"train.seed": str(seed)} | (QUICK if quick else {})
+    if (folder / "summary.json").exists():
+        _check(folder, values)
+        return folder
     flags = [part for key, value in values.items() for part in (f"--{key}", value)]
     recipe = folder.parent / "empty.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +158,28 @@ def _train(folder: Path, settings: dict[str, str], seed: int, quick: bool) -> Pa
     if done.returncode:
         raise RunError(f"{folder.name} ended with {done.returncode}: {done.stderr[-2000:]}")
     return folder
+
+
+def _check(folder: Path, values: dict[str, str]) -> None:
+    """RunError naming the keys in which the finished run differs from `values`; what its
+    config.toml lacks has the default."""
+    try:
+        kept = load(folder / "config.toml")
+    except ConfigError as error:
+        raise RunError(f"{folder} holds a run that cannot be compared: {error}") from error
+    there, here = (
+        dict(flatten(config.model_dump(mode="json"))) for config in (kept, load(None, values))
+    )
+    different = [
+        f"{key} = {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
+    if different:
+        raise RunError(
+            f"{folder} holds a run with other settings: {'; '.join(different)}: move it away, "
+            "or have PYRL_REPRO_RUNS name another folder"
+        )
 
 
 def _read(folder: Path) -> _Run:
@@ -153,6 +204,7 @@ def _read(folder: Path) -> _Run:
         sum(row["updates"] for row in rows),
         int(sum(row.get("budget_pilot_samples") or 0 for row in rows)),
         float(np.mean([r["entropy"] for r in rows[-3:] if r["entropy"] is not None] or [np.nan])),
+        summary,
     )
 
 

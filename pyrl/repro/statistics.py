@@ -44,6 +44,11 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
+def paired(left: Sequence[float], right: Sequence[float]) -> Estimate:
+    """`t_interval` of left - right, seed by seed; ValueError where one has more seeds."""
+    return t_interval([a - b for a, b in zip(left, right, strict=True)])
+
+
 @functools.lru_cache(maxsize=256)
 def t_quantile(p: float, dof: int) -> float:
     """x with P(T <= x) = p for Student's T of `dof` degrees of freedom; 1/2 <= p < 1."""

@@ -104,6 +104,74 @@ def test_the_exact_error_is_that_of_simulated_estimates():
     assert gvm.error(moments, budget) == pytest.approx(total, rel=0.05)
 
 
+@pytest.mark.parametrize("pilot", [4, 8])
+def test_the_counted_ratios_have_a_closed_form(pilot):
+    # With very many samples nothing is rounded: n_i = N P w_i / sum(w) on the S seen prompts.
+    setting = gvm.Setting(prompts=24, samples=10**8, pilot=pilot)
+    moments, rate, norm = gvm.draw(setting, 5)
+    seen = rate > 0
+    assert 0 < seen.sum() < 24
+    single = moments.second / moments.rate - moments.mean
+    v, p = single[seen], rate[seen]
+    w = norm[seen] / np.sqrt(p + 1e-3 / p)
+    spent = w.sum() * (v / w).sum() / (24 * 10**8)
+    each = 10**8 + pilot
+    found = gvm.ratios(setting, 5)
+    wanted = {
+        gvm.FREE: v.sum() * seen.sum() / (24 * 10**8),
+        gvm.PAID: v.sum() / each,  # N + N' samples on every prompt, the seen ones' errors
+        gvm.KNOWING: v.sum() * seen.sum() / (24 * each),  # (N + N') P samples on the seen ones
+    }
+    for quantity, base in wanted.items():
+        assert found[quantity, gvm.PILOT] == pytest.approx(spent / base, rel=1e-6)
+    everywhere = single.sum() / each
+    missing = moments.mean[~seen].sum()
+    assert found[gvm.EVERY, gvm.PILOT] == pytest.approx((spent + missing) / everywhere, rel=1e-6)
+    total = 24 * 10**8 + pilot * seen.sum()  # the pilot's own samples of the seen prompts too
+    reused = w.sum() * (v / w).sum() / total / wanted[gvm.PAID]
+    assert found[gvm.PAID, gvm.REUSED] == pytest.approx(reused, rel=1e-6)
+
+
+def test_prompts_that_are_alike_gain_what_the_pilot_leaves_out(monkeypatch):
+    # Nothing to allocate: S = 4 of P = 8 seen, N P / S = 16 samples each against N + N' = 12.
+    same = gvm.Moments(*(np.full(8, x) for x in (0.25, 1.0, 1.0, 0.5)))
+    rate = np.array([0.25, 0, 0.25, 0, 0.25, 0, 0.25, 0])
+    monkeypatch.setattr(gvm, "draw", lambda setting, seed: (same, rate, (rate > 0).astype(float)))
+    found = gvm.ratios(gvm.Setting(prompts=8, samples=8, pilot=4), 0)
+    assert found[gvm.FREE, gvm.PILOT] == pytest.approx(1)
+    assert found[gvm.PAID, gvm.PILOT] == pytest.approx(12 / 16)
+    assert found[gvm.KNOWING, gvm.PILOT] == pytest.approx(24 / 16)
+    assert found[gvm.PAID, gvm.REUSED] == pytest.approx(12 / 20)
+    # 4 prompts at 3.5 / 16, 4 missing ones at 0.5; against 8 at 3.5 / 12
+    assert found[gvm.EVERY, gvm.PILOT] == pytest.approx((4 * 3.5 / 16 + 4 * 0.5) / (8 * 3.5 / 12))
+
+
+def test_the_transformer_counts_the_pilot_as_the_table_does(monkeypatch):
+    # Four prompts, one right completion each, orthogonal unit gradients; two are seen.
+    pool = gvm_transformer.Pool(
+        np.arange(4), np.full(4, 0.25), np.eye(4), {part: np.ones(4) for part in ("all", "head")}
+    )
+    pool.norms["embedding"] = np.ones(4)
+    rate = np.array([0.5, 0, 0, 0.5])
+    pilot = (rate, {part: (rate > 0).astype(float) for part in gvm_transformer.PARTS})
+    monkeypatch.setattr(gvm_transformer, "measure", lambda setting, seed: pool)
+    monkeypatch.setattr(gvm_transformer, "pilot", lambda *_: pilot)
+    setting = gvm_transformer.Setting(prompts=4, samples=8, pilot=4, replicates=10)
+    found, _ = gvm_transformer.ratios(setting, 0)
+    arm = "GVM (embedding)"
+    assert found[gvm.FREE, arm] == pytest.approx(1)
+    assert found[gvm.PAID, arm] == pytest.approx(12 / 16)
+    assert found[gvm.KNOWING, arm] == pytest.approx(24 / 16)
+    assert found[gvm.PAID, gvm_transformer.REUSED] == pytest.approx(12 / 20)
+
+
+def test_a_verdict_names_the_other_step_sizes():
+    verdicts = {1.0: "disagrees", 2.0: "disagrees", 20.0: "agrees"}
+    text = minimalist._elsewhere(verdicts)
+    assert text == "; at the other sizes: disagrees at 1, 2; agrees at 20"
+    assert minimalist._elsewhere({}) == ""
+
+
 def test_gradients_of_the_table_are_those_of_autograd():
     moments, _, _ = gvm.draw(gvm.Setting(prompts=1, actions=5, correct=2), 3)
     generator = torch.Generator().manual_seed(3)
