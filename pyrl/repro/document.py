@@ -157,6 +157,8 @@ def _judged(result: Result, claim: Claim) -> tuple[str, str, str, str]:
     difference = result.difference(claim)
     verdict = result.verdict(claim)
     word = f"**{verdict.value}**" if verdict is not Verdict.REPORTED else "reported"
+    if result.conditions.get("quick"):
+        word = "not judged"  # sizes at which nothing is shown
     text = claim.text + (f" ({claim.note})" if claim.note else "")
     return claim.quantity, text, f"{number(difference.mean)} {interval(difference)}", word
 
@@ -166,7 +168,7 @@ def _conditions(result: Result) -> str:
     found = result.conditions
     parts = []
     if "seeds" in found:
-        parts.append(f"{found['seeds']} seeds")
+        parts.append(f"{found['seeds']} seed{'s' * (found['seeds'] != 1)}")
     if found.get("quick"):
         parts.append("QUICK: the code ran, nothing more")
     if "seconds" in found:

@@ -193,7 +193,8 @@ def tabular(seeds: int, quick: bool) -> Result:
             found[key].append(value)
     result.arms = [Arm(*key, rounded(values)) for key, values in found.items()]
     result.claims = [Claim(FREE, arm, "below", 1.0) for arm in (PILOT, EXACT, NEYMAN)]
-    result.claims.append(Claim(PAID, PILOT, "below", 1.0, counted(result, PILOT)))
+    # Not judged: its sign hangs on what the uniform budget is taken to know.
+    result.claims.append(Claim(PAID, PILOT, "reported", 1.0, counted(result, PILOT)))
     result.claims.append(Claim(PAID, REUSED, "reported", 1.0, "ours, not the paper's"))
     result.claims += [
         Claim(kind, arm, "reported", 1.0) for kind in (KNOWING, EVERY) for arm in (PILOT, REUSED)

@@ -36,6 +36,8 @@ def reproduce(
         raise ValueError(f"seeds={seeds}: expected a whole number >= 1")
     if not wanted and out is None:
         raise ValueError("no miniature named, and no folder to write the document in")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # not after the work
     torch.set_num_threads(1)  # small tensors, and one order of summation on every machine
     results = []
     for name in wanted:

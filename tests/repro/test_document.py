@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pyrl.cli import main
-from pyrl.repro import document
+from pyrl.repro import document, gvm
 from pyrl.repro.claim import Arm, Chart, Claim, Line, Result, Table
 from pyrl.repro.registry import MINIATURES, find
 from pyrl.repro.run import reproduce
@@ -120,3 +120,11 @@ def test_without_names_only_the_document_is_written(tmp_path):
     document.save(example(), tmp_path)
     assert reproduce([], out=tmp_path, say=lambda text: None) == []
     assert (tmp_path / "reproductions.md").is_file()
+
+
+def test_a_quick_run_is_not_judged():
+    result = gvm.tabular(2, True)
+    result.conditions |= {"quick": True, "seeds": 2}
+    text = document.markdown([result]) + document.console_text(result)
+    assert "not judged" in text and "NOT JUDGED" in text
+    assert "agrees" not in text.split("## Summary")[1] and "AGREES" not in text
