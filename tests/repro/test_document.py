@@ -113,7 +113,7 @@ def test_a_quick_run_writes_nothing_unless_told_where(capsys, monkeypatch, tmp_p
     out = capsys.readouterr().out
     assert "dynamic sampling > every group" in out and "QUICK" in out
     assert main(["repro", "dynamic-sampling", "--quick", "--seeds", "1", "--out", "there"]) == 0
-    assert "1 seeds" in (tmp_path / "there" / "reproductions.md").read_text()
+    assert "1 seed" in (tmp_path / "there" / "reproductions.md").read_text()
 
 
 def test_without_names_only_the_document_is_written(tmp_path):
