@@ -71,8 +71,7 @@ ARMS: dict[str, dict[str, str]] = {
     },
 }
 QUICK = {"train.steps": "1", "eval.prompts": "2", "eval.samples": "1", "rollout.n": "6",
-         "rollout.max_new_tokens": "8", "eval.every": "0", "rollout.prompts_per_step": "2",
-         "budget.steps": "1"}  # fmt: skip
+         "rollout.max_new_tokens": "8", "eval.every": "0", "rollout.prompts_per_step": "2"}  # fmt: skip
 
 
 class RunError(RuntimeError):

@@ -95,6 +95,11 @@ def test_a_finished_run_of_other_settings_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", smollm2.ARMS)
+def test_every_arm_has_a_quick_form(name):
+    load(None, smollm2.BASE | smollm2.ARMS[name] | smollm2.QUICK)
+
+
+@pytest.mark.parametrize("name", smollm2.ARMS)
 def test_every_arm_is_a_recipe_with_the_same_updates(name):
     config = load(None, smollm2.BASE | smollm2.ARMS[name])
     assert isinstance(config, Config)
