@@ -71,7 +71,8 @@ ARMS: dict[str, dict[str, str]] = {
     },
 }
 QUICK = {"train.steps": "1", "eval.prompts": "2", "eval.samples": "1", "rollout.n": "6",
-         "rollout.max_new_tokens": "8", "eval.every": "0", "rollout.prompts_per_step": "2"}  # fmt: skip
+         "rollout.max_new_tokens": "8", "eval.every": "0",
+         "rollout.prompts_per_step": "2"}  # fmt: skip
 
 
 class RunError(RuntimeError):
@@ -260,8 +261,9 @@ def _result(runs: dict[str, list[_Run]]) -> Result:
         figure="Held-out reward: 48 prompts that training never sees, 4 completions each; mean and "
         "95% t interval over the seeds.",
         caveats=[
-            "Two or three seeds and one learning rate for all: the order of the arms is not "
-            "settled by this, and no verdict is given.",
+            "Two seeds and one learning rate for all: the order of the arms is not settled by this, "
+            "and no verdict is given.",
+            "DAPO's number of samples depends on what it finds; here it drew fewer than the others.",
             "Seconds are those of the steps on one core, evaluations left out, with another run on "
             "every other core.",
         ],
