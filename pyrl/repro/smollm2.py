@@ -52,6 +52,7 @@ ARMS: dict[str, dict[str, str]] = {
     # Five prompts and those that replace the groups without a difference: about as many samples.
     "DAPO": {
         "advantage.method": "grpo",
+        "advantage.reward_map": "signed",  # the punishment of 1 is against rewards of -1 and 1
         "loss.preset": "dapo",
         "rollout.prompts_per_step": "5",
         "rollout.refill_rounds": "1",
