@@ -117,7 +117,8 @@ class GVM:
 
     drop_easy: prompts with p_i above it get nothing. drop_hard: nor do those with p_i * n below it,
     the acceptances that a uniform budget would expect. Where no prompt has a weight (all failed,
-    all dropped) the whole shard is drawn uniformly. maximum: samples of one prompt at most; what
+    all dropped) the whole shard is drawn uniformly. minimum: a prompt gets that many samples or
+    none (a group's baseline needs two). maximum: samples of one prompt at most; what
     the prompts with a weight then cannot take is spread over the others.
     group_size: 0 draws one group of n_i, k draws n_i // k groups of k, the last with the remainder.
     prompt_weight: "inverse_np" weighs with 1 / (n_i p_i), mean 1 over the step's prompts, n_i of
@@ -144,6 +145,7 @@ class GVM:
         prompt_weight: PromptWeight = "none",
         group_size: int = 0,
         count_pilot: bool = True,
+        minimum: int = 1,
         maximum: int | None = None,
     ) -> None:
         check_whole(
@@ -152,7 +154,8 @@ class GVM:
             pilot_samples=(pilot_samples, 1),
             steps=(steps, 1),
             group_size=(group_size, 0),
-            maximum=(n if maximum is None else maximum, n),
+            minimum=(minimum, 1),
+            maximum=(n if maximum is None else maximum, max(n, minimum)),
         )
         if count_pilot and pilot_samples >= n:
             raise ValueError(
@@ -169,7 +172,7 @@ class GVM:
         self.prompts, self.n, self.steps, self.pilot_samples = prompts, n, steps, pilot_samples
         self.drop_easy, self.drop_hard = drop_easy, drop_hard
         self.prompt_weight, self.group_size = prompt_weight, group_size
-        self.count_pilot = count_pilot
+        self.count_pilot, self.minimum = count_pilot, minimum
         self._options: dict[str, Any] = {
             "alpha": alpha,
             "beta": beta,
@@ -215,7 +218,7 @@ class GVM:
                 for gone, place, result in zip(weightless, places, results, strict=True)
             ]
         norms = [0.0 if g else r.gradient_norm for g, r in zip(weightless, results, strict=True)]
-        counts = allocate_budget(rates, norms, total, **options).tolist()
+        counts = self._at_least(rates, norms, total, options)
         least = 0.5 / self.pilot_samples
         shares = [
             Share(place, count, max(p, least))
@@ -231,6 +234,26 @@ class GVM:
             "budget_max": float(max(counts)),
         }
         return self.pilot_samples * len(places)
+
+    def _at_least(
+        self, rates: list[float], norms: list[float], total: int, options: dict[str, Any]
+    ) -> list[int]:
+        """The allocation in which a prompt gets `minimum` samples or none. Where they do not
+        suffice for all, those that it would give the most are kept."""
+        counts = allocate_budget(rates, norms, total, **options).tolist()
+        weighted = [i for i, norm in enumerate(norms) if norm > 0]
+        if self.minimum == 1 or not weighted:
+            return counts
+        kept = sorted(weighted, key=lambda i: (-counts[i], i))[: max(1, total // self.minimum)]
+        second = options.pop("second_moment", None)
+        if second is not None:
+            options["second_moment"] = [second[i] for i in kept]
+        least = min(self.minimum, total)
+        own = allocate_budget(
+            [rates[i] for i in kept], [norms[i] for i in kept], total, minimum=least, **options
+        ).tolist()
+        found = dict(zip(kept, own, strict=True))
+        return [found.get(i, 0) for i in range(len(rates))]
 
     def observe(self, results: Mapping[Place, PilotResult]) -> None:
         """Nothing: the next shard has a pilot of its own."""

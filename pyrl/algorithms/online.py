@@ -47,10 +47,19 @@ class Online:
         beta: float = 2.0,
         prompt_weight: PromptWeight = "none",
         group_size: int = 0,
+        minimum: int = 1,
         maximum: int | None = None,
     ) -> None:
         most = n if maximum is None else maximum
-        check_whole(prompts=(prompts, 1), n=(n, 1), group_size=(group_size, 0), maximum=(most, n))
+        check_whole(
+            prompts=(prompts, 1),
+            n=(n, 1),
+            group_size=(group_size, 0),
+            minimum=(minimum, 1),
+            maximum=(most, n),
+        )
+        if minimum > n:
+            raise ValueError(f"minimum={minimum}: above the n={n} samples of a prompt on average")
         check_weight(prompt_weight)
         allocate_budget([], [], 0, alpha=alpha, beta=beta)  # checks these two
         if not 0 <= decay <= 1:
@@ -60,7 +69,7 @@ class Online:
         self._options: dict[str, Any] = {
             "alpha": alpha,
             "beta": beta,
-            "minimum": 1,
+            "minimum": minimum,
             "maximum": maximum,
         }
         self._seen: dict[Hashable, _Visits] = {}

@@ -24,6 +24,9 @@ class BudgetConfig(Section):
     ever solved."""
     beta: float = Field(default=2.0, ge=2)
     """Exponent of that regularisation."""
+    minimum: PositiveInt | None = None
+    """A prompt gets at least so many completions, or (gvm) none; none = 2 where advantages compare
+    the completions of a group, else 1."""
     maximum: PositiveInt | None = None
     """Completions of one prompt at most; none = as many as its share of the shard."""
     gradient: Literal["lm_head", "embed", "all"] = "lm_head"

@@ -279,6 +279,11 @@ class Config(Section):
                 shown = f"{key} = {first['input']!r}: " if key.count(".") else ""
                 raise ValueError(f"stages[{i}]: {shown}{message}") from None
 
+    @property
+    def has_group_baseline(self) -> bool:
+        """Whether a completion is compared with the others of its group, if there are any."""
+        return self.rollout.n > 1 and self.advantage.method in (*_GROUP_BASELINE, "scaled", "pairs")
+
     def stage(self, step: int) -> int:
         """Which of `stages` the step (1, 2, ...) is in; -1 without stages."""
         end = 0

@@ -55,6 +55,8 @@ def make_budget(config: Config, key: Callable[[tuple[str, int]], Hashable]) -> B
     """The stage's budget, from its beginning. `key` tells places of the same prompt."""
     prompts, n = config.rollout.prompts_per_step, config.rollout.n
     settings = config.budget.model_dump(exclude={"kind", "gradient", "accept"})
+    if settings["minimum"] is None:
+        settings["minimum"] = 2 if config.has_group_baseline else 1
     if config.budget.kind == "uniform":
         return Uniform(prompts, n)
     if config.budget.kind == "gvm":
