@@ -77,17 +77,24 @@ def _lines(axes: Any, chart: Chart, result: Result) -> None:
         _band(axes, line, COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)])
 
 
+#: Seeds below which an interval says little: each is drawn instead.
+FEW = 4
+
+
 def _band(axes: Any, line: Line, colour: str, dash: Any) -> None:
     estimates = [t_interval(values) for values in zip(*line.y, strict=True)]
     axes.plot(
         line.x, [e.mean for e in estimates], color=colour, linestyle=dash, linewidth=1.7,
         label=line.name, zorder=3,
     )  # fmt: skip
-    if len(line.y) > 1:
-        axes.fill_between(
-            line.x, [e.low for e in estimates], [e.high for e in estimates], color=colour,
-            alpha=0.13, linewidth=0, zorder=2,
-        )  # fmt: skip
+    if len(line.y) < FEW:
+        for values in line.y if len(line.y) > 1 else ():
+            axes.plot(line.x, values, color=colour, linewidth=0.6, alpha=0.45, zorder=2)
+        return
+    axes.fill_between(
+        line.x, [e.low for e in estimates], [e.high for e in estimates], color=colour,
+        alpha=0.13, linewidth=0, zorder=2,
+    )  # fmt: skip
 
 
 def _points(axes: Any, chart: Chart, result: Result) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pyrl.repro.charts import write_image
+from pyrl.repro.charts import FEW, write_image
 from pyrl.repro.claim import Claim, Result, Table, Verdict
 from pyrl.repro.registry import MINIATURES
 from pyrl.repro.statistics import Estimate, number
@@ -129,7 +129,10 @@ def _section(result: Result) -> list[str]:
     for image in images + result.images:
         lines.append(f"![{result.title}]({image})\n")
     if result.charts:
-        lines.append("Lines and diamonds are means over seeds, bands and bars their intervals.\n")
+        lines.append(
+            "Lines and diamonds are means over seeds, bands and bars their intervals; of fewer than "
+            f"{FEW} seeds each has a thin line.\n"
+        )
     if result.arms:
         quantities = list(dict.fromkeys(arm.quantity for arm in result.arms))
         rows = (

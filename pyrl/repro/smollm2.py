@@ -261,9 +261,10 @@ def _result(runs: dict[str, list[_Run]]) -> Result:
         figure="Held-out reward: 48 prompts that training never sees, 4 completions each; mean and "
         "95% t interval over the seeds.",
         caveats=[
-            "Two seeds and one learning rate for all: the order of the arms is not settled by this, "
-            "and no verdict is given.",
-            "DAPO's number of samples depends on what it finds; here it drew fewer than the others.",
+            "Two seeds and one learning rate for all: the order of the arms is not settled by "
+            "this, and no verdict is given.",
+            "DAPO's number of samples depends on what it finds; here it drew fewer than the "
+            "others.",
             "Seconds are those of the steps on one core, evaluations left out, with another run on "
             "every other core.",
         ],
