@@ -130,8 +130,8 @@ def _section(result: Result) -> list[str]:
         lines.append(f"![{result.title}]({image})\n")
     if result.charts:
         lines.append(
-            "Lines and diamonds are means over seeds, bands and bars their intervals; of fewer than "
-            f"{FEW} seeds each has a thin line.\n"
+            "Lines and diamonds are means over seeds, bands and bars their intervals; with fewer "
+            f"than {FEW} seeds each has a thin line.\n"
         )
     if result.arms:
         quantities = list(dict.fromkeys(arm.quantity for arm in result.arms))
