@@ -163,8 +163,8 @@ def tabular(seeds: int, quick: bool) -> Result:
         "involved, over uniform's; both over the *seen* prompts, those with an accepted pilot "
         "sample. With S of P prompts seen, the arms spend N·P samples on the S. *Pilot not "
         "counted*: uniform spends N·P on the S too, as the paper's comparison over the same "
-        "accepted prompts. *Pilot counted* (judged): uniform without a pilot, N + N' samples on "
-        "every prompt, those on unseen ones included. Reported beside it: *uniform on the seen "
+        "accepted prompts. *Pilot counted*: uniform without a pilot, N + N' samples on "
+        "every prompt, those on unseen ones included. Beside it: *uniform on the seen "
         "prompts alone*, which is given (N + N')·P samples and, for nothing, the pilot's knowledge "
         "of where to spend them; and *all prompts*, where the error is over all P and an unseen "
         "prompt's gradient, missing from the pilot's arms, counts as their bias.",

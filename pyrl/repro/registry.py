@@ -51,6 +51,11 @@ MINIATURES: dict[str, Miniature] = {
         "the same of a frozen, warm-started transformer",
         seeds=10,
     ),
+    "gvm-online": Miniature(
+        "pyrl.repro.gvm_online:online",
+        "accuracy against samples: uniform, GVM with its pilots counted, and ours without a pilot",
+        seeds=10,
+    ),
     "kl-reset": Miniature(
         "pyrl.repro.kl_reset:kl_reset",
         "a fixed reference is a ceiling with a closed form; resets of the reference lift it",

@@ -120,7 +120,9 @@ def phases(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
     return [
         (key[len(prefix) :], value)
         for key, value in metrics.items()
-        if key.startswith(prefix) and isinstance(value, (int, float))
+        if key.startswith(prefix)
+        and isinstance(value, (int, float))
+        and (value or key != "seconds_pilot")  # most runs have none
     ]
 
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pyrl.repro import dynamic_sampling, gvm, gvm_transformer, kl_reset, minimalist
+from pyrl.repro import (
+    dynamic_sampling,
+    gvm,
+    gvm_online,
+    gvm_transformer,
+    kl_reset,
+    minimalist,
+)
 from pyrl.repro.claim import Result, Verdict
 from pyrl.repro.document import markdown
 from pyrl.repro.policies import Policies, Streams
@@ -273,3 +280,13 @@ def test_accuracy_at_equal_samples_is_read_between_the_steps():
     )
     found = dynamic_sampling.at_equal_samples(traces, 50.0, points=3)
     np.testing.assert_allclose(found, [[0.0, 0.25, 0.5]])
+
+
+@pytest.mark.parametrize("arm", gvm_online.ARMS)
+def test_budgets_are_compared_at_equal_samples(arm):
+    setting = gvm_online.Setting(prompts=6, steps=6)
+    drawn, accuracy = gvm_online.learn(setting, arm, 0)
+    assert drawn == [0, 144, 288] and len(accuracy) == 3  # 6 prompts x 8 samples x 3 steps
+    assert accuracy[-1] > accuracy[0]
+    starts = {gvm_online.learn(setting, other, 0)[1][0] for other in gvm_online.ARMS}
+    assert len(starts) == 1
