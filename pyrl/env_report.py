@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "PYRL_BUILD": ("auto", "what an install compiles: auto, python, cpu or cuda"),
     "PYRL_CUDA_ARCHS": ("all supported", "GPU architectures an install compiles for, as 90a"),
     "PYRL_CPU_ISA": ("best the CPU has", "caps the C++ kernels: portable, avx2 or avx512"),
+    "PYRL_REPRO_RUNS": ("runs/repro-smollm2", "where `pyrl repro smollm2` keeps its runs"),
     "PYRL_CACHE": ("~/.cache/pyrl", "where converted models are kept"),
 }
 

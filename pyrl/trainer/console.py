@@ -240,7 +240,9 @@ class Console:
             rows["change"] = f"{after['mean'] - before['mean']:+.3f}"
         if summary.get("steps") is not None:
             rows["steps"] = f"{summary['steps']:,} in {duration(summary.get('seconds'))}"
-        parts = summary.get("seconds_by_phase") or {}
+        parts = dict(summary.get("seconds_by_phase") or {})
+        if not parts.get("pilot", True):
+            del parts["pilot"]
         if parts:
             rows["time"] = ", ".join(f"{name} {duration(value)}" for name, value in parts.items())
         if summary.get("tokens_per_second") is not None:
