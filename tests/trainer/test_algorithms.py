@@ -51,13 +51,14 @@ def test_a_resumed_run_is_the_run(make_config, tmp_path, console, name):
 def test_packing_changes_no_number(make_config, tmp_path, console, name):
     found = {}
     for packing in ("shared", "off"):
-        config = make_config(**ALGORITHMS[name], train__packing=packing, advantage__unbiased=True)
+        config = make_config(**ALGORITHMS[name], train__packing=packing)
         train(config, tmp_path / packing, console=console)
         found[packing] = metrics(tmp_path / packing)
     keys = ("grad_norm", "reward_mean", "value_loss", "preference_loss", "preference_margin")
     for shared, off in zip(found["shared"], found["off"], strict=True):
         for key in keys:
             if shared.get(key) is not None:
+                # fp32 sums in another order, through four updates at a rate of .01
                 assert off[key] == pytest.approx(shared[key], rel=2e-4), key
 
 
@@ -128,7 +129,7 @@ def test_the_length_term_is_on_and_off_in_turn(make_config, tmp_path, console):
     ]  # fmt: skip
 
 
-def test_a_critic_and_pairs_learn_from_mapped_rewards(make_config, tmp_path, console):
+def test_a_critic_learns_from_mapped_rewards(make_config, tmp_path, console):
     """Values of signed rewards lie twice as far apart, around 0."""
     found = {}
     for name in ("identity", "signed"):
