@@ -271,7 +271,8 @@ class VLLMEngine:
         ids = self._llm.enqueue(
             [{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False
         )
-        place = {request: i for i, request in enumerate(ids)}
+        # Outputs are named "7", what was enqueued "7" or "7-random", as vLLM's version has it.
+        place = {request.partition("-")[0]: i for i, request in enumerate(ids)}
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
