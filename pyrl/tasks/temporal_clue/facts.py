@@ -69,7 +69,11 @@ def _with(w: World, pieces: Iterable[int], other: int, time: int) -> bool:
 
 
 def _together(w: World, pieces: Iterable[int], other: int, room: int) -> bool:
-    return any(a == room and b == room for p in pieces for a, b in zip(w.paths[p], w.paths[other]))
+    return any(
+        a == room and b == room
+        for p in pieces
+        for a, b in zip(w.paths[p], w.paths[other], strict=True)
+    )
 
 
 def _moved(w: World, pieces: Iterable[int], time: int, a: int, b: int) -> bool:
