@@ -47,24 +47,24 @@ def rules(world: World) -> list[str]:
     """What the solver may rely on beyond the clues, one sentence or two each."""
     victim = world.piece(world.victim)
     several = len(world.times) > 1
-    found = [
-        f"At {'each of these times' if several else 'that time'} every suspect, every weapon and "
-        f"{victim} was in exactly one room."
-    ]
-    if several:
-        found += [
-            f"From one time to the next, each suspect and {victim} either stayed in the same room "
-            "or went to a room directly north, south, east or west of it.",
-            "A weapon never moved by itself: from one time to the next it stayed where it was, or "
-            "a suspect who made the same move carried it.",
+    if not several:
+        return [
+            f"At that time every suspect, every weapon and {victim} was in exactly one room.",
+            f"The murderer was the only suspect in the room of the murder. {victim} and the murder "
+            "weapon were there too.",
         ]
-    found.append(
-        f"The murderer was the only suspect in the room of the murder at the time of the murder. "
-        f"{victim} and the murder weapon were there too."
-    )
-    if several:
-        found.append(f"From the time of the murder on, {victim} stayed in that room.")
-    return found
+    return [
+        f"At each of these times every suspect, every weapon and {victim} was in exactly one room.",
+        f"From one time to the next, each suspect and {victim} either stayed in the same room or "
+        "went to a room directly north, south, east or west of it.",
+        "A weapon changed rooms only together with a suspect who made the same move. To have "
+        "carried it means to have made that move with it.",
+        f'"Moved from one room to another at {world.times[1]}" means: was in the one at '
+        f"{world.times[0]}, and in the other at {world.times[1]}.",
+        "The murderer was the only suspect in the room of the murder at the time of the murder. "
+        f"{victim} and the murder weapon were there too.",
+        f"From the time of the murder on, {victim} stayed in that room.",
+    ]
 
 
 def _listed(title: str, items: tuple[str, ...]) -> str:
@@ -95,12 +95,14 @@ def _house(world: World) -> str:
     ]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(world.columns)]
     lines = [
-        "| " + " | ".join(name.ljust(width) for name, width in zip(row, widths, strict=False)) + " |"
+        "| "
+        + " | ".join(name.ljust(width) for name, width in zip(row, widths, strict=False))
+        + " |"
         for row in rows
     ]
     head = (
-        f"The house has {len(world.rooms)} rooms on one floor. In this plan north is up and west is "
-        "left, and rooms that share a side are connected:"
+        f"The house has {len(world.rooms)} rooms on one floor. In this plan north is up and west "
+        "is left, and rooms that share a side are connected:"
     )
     return "\n".join([head, *lines])
 

@@ -63,7 +63,7 @@ class Record:
 def record(puzzle: Puzzle) -> Record:
     """What is written of a puzzle."""
     from pyrl.tasks.temporal_clue.canonical import key
-    from pyrl.tasks.temporal_clue.sheet import answers, render
+    from pyrl.tasks.temporal_clue.prompt import answers, render
 
     return Record(
         key=key(puzzle),

@@ -200,12 +200,8 @@ class Night:
         steps = [
             (a, b)
             for a, b in itertools.product(range(self._rooms), repeat=2)
-            if a == b
-            or abs(a - b) == columns
-            or (abs(a - b) == 1 and a // columns == b // columns)
+            if a == b or abs(a - b) == columns or (abs(a - b) == 1 and a // columns == b // columns)
         ]
-        if columns == 1:
-            assert all(abs(a - b) <= 1 for a, b in steps)
         for path in self.where:
             for before, after in itertools.pairwise(path):
                 self._model.add_allowed_assignments([before, after], steps)
@@ -232,28 +228,16 @@ class Night:
             self._model.add(place == self.room).only_enforce_if(~earlier)
 
     def _beside(self, kind: str, p: int, q: int, time: int) -> Any:
-        """Row by row, one room north is `columns` rooms less, and one east is one more where the
-        row goes on."""
+        """Row by row: a room north is `columns` less, a room east one more unless the row ends."""
         columns = self._world.columns
         step = {"north_of": -columns, "south_of": columns, "west_of": -1, "east_of": 1}[kind]
         first, second = self.where[p][time], self.where[q][time]
-        name = ("beside", kind, p, q, time)
-        if name not in self._literals:
-            literal = self._literals[name] = self._model.new_bool_var("")
-            rooms = range(self._rooms)
-            pairs = [
-                (b + step, b)
-                for b in rooms
-                if b + step in rooms
-                and (abs(step) == columns and kind in ("north_of", "south_of")
-                     or (b + step) // columns == b // columns)
-            ]  # fmt: skip
-            if not pairs:
-                self._model.add(literal == 0)
-                return literal
-            self._model.add_allowed_assignments([first, second], pairs).only_enforce_if(literal)
-            self._model.add_forbidden_assignments([first, second], pairs).only_enforce_if(~literal)
-        return self._literals[name]
+        there = self._reified(("step", step, first.index, second.index), first, second + step)
+        if kind in ("north_of", "south_of"):
+            return there
+        edge = 0 if step < 0 else columns - 1
+        at_edge = [self._equals(second, r) for r in range(self._rooms) if r % columns == edge]
+        return self._all([there, *(~each for each in at_edge)])
 
     def _element(self, index: Any, variables: list[Any]) -> Any:
         target = self._model.new_int_var(0, self._rooms - 1, "")
@@ -264,6 +248,8 @@ class Night:
         return self._reified(("equals", variable.index, value), variable, value)
 
     def _same(self, a: Any, b: Any) -> Any:
+        if a.index == b.index:
+            return self._all([])
         return self._reified(("same", *sorted((a.index, b.index))), a, b)
 
     def _same_truth(self, a: Any, b: Any) -> Any:
