@@ -37,7 +37,7 @@ def render(puzzle: Puzzle) -> str:
         "The clues, all of them true:\n" + "\n".join(clues),
         "The questions:\n" + "\n".join(questions),
         "There is exactly one solution. After your reasoning, give the answers one per line, each "
-        "as its letter, a full stop and the answer alone, written as it is above:\n"
+        "as its letter, a full stop and the answer alone, spelled as above:\n"
         + "\n".join(f"{LETTERS[i]}. answer" for i in range(len(questions))),
     ]
     return "\n\n".join(sections)
@@ -110,6 +110,6 @@ def _house(world: World) -> str:
 def _times(world: World) -> str:
     if len(world.times) == 1:
         return f"The murder was committed at {world.times[0]}."
-    return "The murder was committed at one of these times:\n" + "\n".join(
+    return "The murder was committed at one of these times, listed in order:\n" + "\n".join(
         f"- {time}" for time in world.times
     )

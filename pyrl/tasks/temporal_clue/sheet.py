@@ -11,6 +11,7 @@ from pyrl.tasks.extract import after_thinking
 LONGEST_ANSWER = 80
 #: What may stand around a letter or an answer: emphasis, code, quotes, brackets, list marks.
 _AROUND = " \t*_`\"'“”‘’()[]{}<>«»"
+_REMARK = re.compile(r"[,;(]")
 _LINE = re.compile(
     rf"^[{re.escape(_AROUND)}#>|•–-]*([A-Za-z])[{re.escape(_AROUND)}]*\.(.*)$", re.MULTILINE
 )
@@ -29,13 +30,14 @@ def read_sheet(completion: str) -> dict[str, str]:
 
 
 def plain(answer: str) -> str:
-    """One answer as answers are compared: lower case, single spaces, nothing around it."""
-    if len(answer) > 2 * LONGEST_ANSWER:
-        answer = answer.strip(_AROUND)
-    if len(answer) > 2 * LONGEST_ANSWER:
+    """One answer as answers are compared: lower case, single spaces, nothing around it, and without
+    a remark after a comma, a semicolon or in brackets."""
+    text = answer.lstrip(_AROUND)
+    head = _REMARK.split(text, maxsplit=1)[0].rstrip(_AROUND)
+    if len(head) > 2 * LONGEST_ANSWER:
         return ""
-    text = " ".join(answer.replace("’", "'").split())
-    return " ".join(text.strip(_AROUND + ".,;:!").lower().split())[:LONGEST_ANSWER]
+    words = " ".join(head.replace("’", "'").lower().split())
+    return words.strip(_AROUND + ".:!")[:LONGEST_ANSWER]
 
 
 def score_sheet(answers: Mapping[str, str], completion: str, *, legacy: bool = False) -> float:
