@@ -27,6 +27,7 @@ def key(puzzle: Puzzle) -> str:
     motive, clues; the questions do not count. A thing's colour is refined by the colours of the
     clues it is in, and a room's by its neighbours', until no more things can be told apart.
     Different puzzles may collide; they are then on the same side of a split, which loses nothing.
+    ValueError for a clue of an unknown kind.
     """
     world = puzzle.world
     colours = _first(world)
@@ -68,6 +69,8 @@ def _parts(fact: Any, world: World) -> Iterator[tuple[str, Any]]:
     """(sort, thing or fact) of each argument."""
     from pyrl.tasks.temporal_clue.facts import SORTS
 
+    if fact[0] not in SORTS:
+        raise ValueError(f"clue of unknown kind {fact[0]!r}")
     for sort, argument in zip(SORTS[fact[0]], fact[1:], strict=True):
         if sort == "piece":
             suspects = len(world.suspects)

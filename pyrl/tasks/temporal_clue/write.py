@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 #: Seeds in a row without a new puzzle after which a level counts as exhausted.
 BARREN = 2000
+#: Processes in a row that end without a result after which it is not the seeds' fault.
+CRASHES = 3
+
+
+class Crashed(RuntimeError):
+    """The worker processes cannot work."""
 
 
 @dataclass
@@ -65,7 +71,7 @@ def write(
     leaves `part_file(...)`, and the same call goes on from there.
 
     seen: called after every seed. ValueError for bad arguments, for a part file of something else,
-    and when BARREN seeds in a row give no new puzzle.
+    and when BARREN seeds in a row give no new puzzle. Crashed when CRASHES processes in a row end.
     """
     for name, number in (("count", count), ("workers", workers)):
         if number < 1:
@@ -168,6 +174,7 @@ class _Seeds:
         self._level, self._deadline, self._next = level, deadline, first
         self._window = 4 * workers  # the ones behind a slow seed wait for it, done
         self._pending: deque[Any] = deque()
+        self._crashes = 0
 
     def __enter__(self) -> _Seeds:
         return self
@@ -189,8 +196,15 @@ class _Seeds:
             made: _Made = future.result()
         except (TimeoutError, FutureTimeoutError):
             return _Made(None, late=True)
-        except ProcessExpired:
+        except ProcessExpired as error:
+            self._crashes += 1
+            if self._crashes == CRASHES:
+                raise Crashed(
+                    f"{CRASHES} processes ended one after the other without a puzzle; the last had "
+                    f"exit code {error.exitcode}"
+                ) from None
             return _Made(None)
+        self._crashes = 0
         return made
 
 
