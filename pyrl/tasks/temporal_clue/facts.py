@@ -211,7 +211,7 @@ _RELATION: dict[str, Callable[..., str]] = {
     "at": lambda w, t, r: f"was in the {w.rooms[r]}{when(t, w)}",
     "same_room": lambda w, q, t: f"was in the same room as {piece_name(q, w)}{when(t, w)}",
     "together": lambda w, q, r: (
-        f"and {piece_name(q, w)} were in the {w.rooms[r]} together at least once"
+        f"was together with {piece_name(q, w)} in the {w.rooms[r]} at least once"
     ),
     "moved": lambda w, t, a, b: f"moved {_travel(w, t, a, b)}",
     "carried": lambda w, arm, t, a, b: (
