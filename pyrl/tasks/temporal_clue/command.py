@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     except KeyboardInterrupt:
         part = part_file(args.out, seed, args.level)
-        messages.print(f"what is done is in {part}; the same command goes on from there")
+        messages.print(
+            f"what is done is in {part}; the same command goes on from there", soft_wrap=True
+        )
         raise
     records = read(args.out)
     _print_summary(out, records, progress, args.out)
