@@ -19,6 +19,7 @@ from pyrl.tasks.worker import describe
 TASKS = {
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
+    "temporal_clue": "pyrl.tasks.temporal_clue.task:TemporalClue",
 }
 
 #: How many prompts of each split are compared when a task of the user's own is loaded.
