@@ -34,6 +34,10 @@ class CallLost(Exception):
     """The call has no result; the message continues "the reward …"."""
 
 
+class Overdue(CallLost):
+    """It ran into the deadline."""
+
+
 class NoProcess(CallLost):
     """No process could be started for it. `problem`: what the process itself says of that."""
 
@@ -201,10 +205,11 @@ class _Slot:
             self.pipe.send_bytes(message)
             return self._receive()
         except (EOFError, OSError):
-            late = self.overdue
-            ending = f"took longer than its {self.pool.deadline:g} s" if late else self._ending()
+            lost = CallLost(self._ending())
+            if self.overdue:
+                lost = Overdue(f"took longer than its {self.pool.deadline:g} s")
             self._end()
-            raise CallLost(ending) from None
+            raise lost from None
         finally:
             self.due = math.inf
 

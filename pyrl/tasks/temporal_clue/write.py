@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from pyrl.tasks import worker
+from pyrl.tasks.pool import CallLost, NoProcess, Overdue, Pool
 from pyrl.tasks.temporal_clue.store import Record, parse, record
 
-if TYPE_CHECKING:
-    from pebble import ProcessPool
+#: Seconds until a process must have started.
+STARTUP = 120.0
 
 #: Seeds in a row without a new puzzle after which a level counts as exhausted.
 BARREN = 2000
@@ -168,53 +167,45 @@ class _Seeds:
     """What came of each seed, in the order of the seeds; several are being worked on."""
 
     def __init__(self, workers: int, level: str, deadline: float, first: int) -> None:
-        import pebble
-
-        self._pool: ProcessPool = pebble.ProcessPool(
-            max_workers=workers, initializer=_ignore_interrupts,
-            context=multiprocessing.get_context("spawn"),
-        )  # fmt: skip
-        self._level, self._deadline, self._next = level, deadline, first
+        try:
+            self._pool = Pool(_serve, (_make,), workers=workers, deadline=deadline, startup=STARTUP)
+        except NoProcess as error:
+            raise Crashed(f"the generator {error}") from None
+        self._level, self._next = level, first
         self._window = 4 * workers  # the ones behind a slow seed wait for it, done
-        self._pending: deque[Any] = deque()
+        self._pending: deque[Future[_Made]] = deque()
         self._crashes = 0
 
     def __enter__(self) -> _Seeds:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.stop()
-        self._pool.join()
+        self._pool.close()
 
     def next(self, wanted: int) -> _Made:
         """What came of the next seed; `wanted`: how many more are needed at least."""
-        from pebble import ProcessExpired
-
         while len(self._pending) < min(wanted, self._window):
-            call = (self._next, self._level)
-            self._pending.append(self._pool.schedule(_make, args=call, timeout=self._deadline))
+            self._pending.append(self._pool.submit(self._next, self._level))
             self._next += 1
-        future = self._pending.popleft()
         try:
-            made: _Made = future.result()
-        except (TimeoutError, FutureTimeoutError):
+            made = self._pending.popleft().result()
+        except Overdue:
             return _Made(None, late=True)
-        except ProcessExpired as error:
+        except CallLost as error:
             self._crashes += 1
             if self._crashes == CRASHES:
                 raise Crashed(
-                    f"{CRASHES} processes ended one after the other without a puzzle; the last had "
-                    f"exit code {error.exitcode}"
+                    f"{CRASHES} processes ended one after the other without a puzzle; the last "
+                    f"{error}"
                 ) from None
             return _Made(None)
         self._crashes = 0
         return made
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C in the terminal is the parent's, which ends its processes itself."""
-    with suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _serve(connection: Connection, make: Callable[[int, str], _Made]) -> None:
+    worker.lead_group()
+    worker.answer_calls(connection, make)
 
 
 def _make(seed: int, level: str) -> _Made:
