@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import random
 import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from pyrl.tasks.generated import side
-from pyrl.tasks.protocol import SPLITS, Split
+from pyrl.tasks.protocol import Split
 
 Row = Mapping[str, Any]
 
@@ -46,6 +47,10 @@ class Rows(Sequence[Row]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         return self._numbers[index]
+
+    def some(self, indices: Iterable[int]) -> Rows:
+        """Those of these indices."""
+        return Rows(self.name, self._rows, array("q", (self.number(i) for i in indices)))
 
     def where(self, index: int) -> str:
         """ "NAME row N", for messages; rows are numbered from 0."""
@@ -93,32 +98,73 @@ def field(row: Row, names: str | Sequence[str], what: str, where: str) -> Any:
 
 
 def split_rows(
-    rows: Rows, key: Callable[[Row, str], str], heldout: Rows | None = None
+    rows: Rows, key: Callable[[Row, str], str | None], heldout: Rows | None = None
 ) -> dict[Split, Rows]:
     """The two sides of a data set: of each row, `generated.side(key(row, where))`, whatever the
     order of the rows. With `heldout` rows, these and the others whose key they do not have.
 
     key: what makes two rows the same to a model, such as the question; equal keys are never on
-    both sides. One pass over all rows; only their numbers are kept.
+    both sides, and a row whose key is None is left out. One pass over all rows; only their numbers
+    are kept.
     ValueError when a side is empty.
     """
-    keys = (key(row, rows.where(i)) for i, row in enumerate(rows))
     numbers: dict[Split, array[int]] = {"train": array("q"), "heldout": array("q")}
-    if heldout is None:
-        for i, content in enumerate(keys):
-            numbers[side(content)].append(rows.number(i))
-        sides = {s: Rows(rows.name, rows._rows, numbers[s]) for s in numbers}
-    else:
-        held = {key(row, heldout.where(i)) for i, row in enumerate(heldout)}
-        numbers["train"].extend(rows.number(i) for i, k in enumerate(keys) if k not in held)
-        sides = {"train": Rows(rows.name, rows._rows, numbers["train"]), "heldout": heldout}
+    held = set()
+    if heldout is not None:
+        for i, row in enumerate(heldout):
+            content = key(row, heldout.where(i))
+            if content is not None:
+                held.add(content)
+                numbers["heldout"].append(heldout.number(i))
+    for i, row in enumerate(rows):
+        content = key(row, rows.where(i))
+        if content is None or content in held:
+            continue
+        numbers[side(content) if heldout is None else "train"].append(rows.number(i))
+    of = rows if heldout is None else heldout
+    sides: dict[Split, Rows] = {
+        "train": Rows(rows.name, rows._rows, numbers["train"]),
+        "heldout": Rows(of.name, of._rows, numbers["heldout"]),
+    }
     for name, one in sides.items():
         if not len(one):
             raise ValueError(
-                f"data {rows.name!r}: none of its {len(rows)} rows is {name}; "
-                + ("name held-out data of its own" if heldout is None else "all are held out")
+                f"data {rows.name!r}: none of its {len(rows)} rows is left for {name}; "
+                + ("name held-out data of its own" if heldout is None else "see the held-out data")
             )
-    assert set(sides) == set(SPLITS)
+    return sides
+
+
+def read_sides(
+    key: Callable[[Row, str], str | None],
+    *,
+    data: str,
+    split: str,
+    subset: str | None,
+    heldout_data: str | None,
+    heldout_split: str | None,
+    limits: Mapping[Split, int | None],
+    seed: int,
+) -> dict[Split, Rows]:
+    """`split_rows` of `data`; held out is its own share, or all of `heldout_split` of
+    `heldout_data` (each as in `data` where only the other is named). Of a side with a limit, that
+    many rows drawn by `seed`, in their order.
+    """
+    rows = load_rows(data, split=split, subset=subset)
+    held = None
+    if heldout_data is not None or heldout_split is not None:
+        own = heldout_data is None
+        held = load_rows(
+            data if heldout_data is None else heldout_data,
+            split=heldout_split or "train",
+            subset=subset if own else None,
+        )
+    sides = split_rows(rows, key, held)
+    for name, limit in limits.items():
+        some = sides[name]
+        if limit is not None and limit < len(some):
+            chosen = random.Random(f"{seed} {name}").sample(range(len(some)), limit)
+            sides[name] = some.some(sorted(chosen))
     return sides
 
 

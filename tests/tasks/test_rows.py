@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pyrl.tasks.generated import HELDOUT_SHARE
-from pyrl.tasks.rows import field, load_rows, split_rows
+from pyrl.tasks.rows import field, load_rows, read_sides, split_rows
 
 ROWS = [{"question": f"what is {i}?", "answer": str(i), "meta": {"level": i}} for i in range(200)]
 
@@ -66,7 +66,7 @@ def test_home_and_values_of_several_types(tmp_path, monkeypatch):
         ("a.jsonl", "\n\n", "line 1 is blank"),
         ("a.csv", "a,b\n", "corresponds to no data"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"[Ee]xpected 2 fields in line 3, saw 3"),
-        ("a.parquet", "a,b\n", r"Parquet magic bytes"),
+        ("a.parquet", "a,b\n1,2\n3,4\n", "Parquet magic bytes"),
         ("a.txt", "a", r"'.txt' is none of \.jsonl"),
     ],
 )
@@ -125,12 +125,35 @@ def test_held_out_rows_of_their_own(tmp_path):
     rows = load_rows(write(tmp_path / "a.jsonl", lines(ROWS)))
     held = load_rows(write(tmp_path / "b.jsonl", lines(ROWS[10:30])))
     sides = split_rows(rows, question, held)
-    assert len(sides["train"]) == 180 and sides["heldout"] is held
+    assert len(sides["train"]) == 180 and len(sides["heldout"]) == 20
     assert sides["train"].where(10) == "a.jsonl row 30"
-    with pytest.raises(ValueError, match="none of its 20 rows is train; all are held out"):
+    with pytest.raises(ValueError, match="none of its 20 rows is left for train; see"):
         split_rows(held, question, rows)
     one = load_rows(write(tmp_path / "c.jsonl", lines(ROWS[:1])))
-    with pytest.raises(ValueError, match=r"none of its 1 rows is \w+; name held-out data"):
+    with pytest.raises(ValueError, match=r"none of its 1 rows is left for \w+; name held-out data"):
         split_rows(one, question)
     with pytest.raises(ValueError, match=r"a\.jsonl row 0: no q"):
         split_rows(rows, lambda row, where: field(row, "q", "q", where))
+
+
+def test_limits_held_out_files_and_rows_without_a_key(tmp_path):
+    train = write(tmp_path / "a.jsonl", lines(ROWS))
+    other = write(tmp_path / "b.jsonl", lines(ROWS[:40]))
+
+    def even(row, where):
+        return row["question"] if int(row["answer"]) % 2 == 0 else None
+
+    def read(**options):
+        common = {"data": train, "split": "train", "subset": None, "seed": 0}
+        names = {"heldout_data": None, "heldout_split": None}
+        return read_sides(even, **common | names | {"limits": {"train": 7}} | options)
+
+    sides = read()
+    numbers = [sides["train"].number(i) for i in range(7)]
+    assert len(sides["train"]) == 7 and numbers == sorted(numbers)
+    assert numbers != [read(seed=1)["train"].number(i) for i in range(7)]
+    assert sum(map(len, read(limits={}).values())) == 100
+    sides = read(heldout_data=other, limits={})
+    assert (len(sides["train"]), len(sides["heldout"])) == (80, 20)
+    sides = read(heldout_split="train[:10]", limits={})
+    assert (len(sides["train"]), len(sides["heldout"])) == (95, 5)
