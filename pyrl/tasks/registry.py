@@ -19,6 +19,7 @@ from pyrl.tasks.worker import describe
 TASKS = {
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
+    "mathematics": "pyrl.tasks.mathematics:Mathematics",
 }
 
 #: How many prompts of each split are compared when a task of the user's own is loaded.
