@@ -87,7 +87,7 @@ class ReadingTask:
                 DRAWN[split] if count is None else count,
                 lambda rng, index: self.draw(f"{split}-{index}", rng, index),
                 seed=self.seed,
-                key=lambda prompt: prompt.text.removesuffix(self._ending),
+                key=self.drawn_key,
             )
         rows = self._sides[split]
 
@@ -99,6 +99,10 @@ class ReadingTask:
     def draw(self, id: str, rng: random.Random, index: int) -> Prompt:
         """A prompt of the task's own."""
         raise NotImplementedError
+
+    def drawn_key(self, prompt: Prompt) -> str:
+        """What makes two drawn prompts the same: the question."""
+        return prompt.text.removesuffix(self._ending)
 
     def row_prompt(self, id: str, row: Row, where: str) -> Prompt:
         """The row's prompt. ValueError, with the place `where`, for a row that makes none."""

@@ -20,6 +20,7 @@ TASKS = {
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
     "mathematics": "pyrl.tasks.mathematics:Mathematics",
+    "stem": "pyrl.tasks.stem:Stem",
 }
 
 #: How many prompts of each split are compared when a task of the user's own is loaded.

@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[-+−]?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?(?:[ \t]*/[ \t]*\
 _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
-def final_answer(text: str, strict: bool = False) -> str | None:
+def final_answer(text: str, strict: bool = False, units: bool = False) -> str | None:
     r"""What the completion gives as its answer, None where it gives none.
 
     After the last `</think>` (all of the text without one): the last `\boxed{…}`; a box inside
@@ -28,7 +28,7 @@ def final_answer(text: str, strict: bool = False) -> str | None:
     1. what follows the last "answer is", "answer:", "answer =" or "####", to the end of its
        sentence or line (of its last `$…$` there, where there are some);
     2. else of the last line that is not blank: the whole line if it has no words, else its last
-       `$…$` or `\(…\)`, else its last number, else the line.
+       `$…$` or `\(…\)`, else its last number (with `units`: and what follows it), else the line.
     """
     text = after_thinking(text)
     boxed = last_boxed(text)
@@ -56,7 +56,9 @@ def final_answer(text: str, strict: bool = False) -> str | None:
     number = None
     for number in _NUMBER.finditer(line):  # noqa: B007
         pass
-    return _last_math(line) or (number[0].lstrip("+") if number else line)
+    if number is None:
+        return _last_math(line) or line
+    return _last_math(line) or (line[number.start() :] if units else number[0].lstrip("+"))
 
 
 def _plain(text: str) -> str:

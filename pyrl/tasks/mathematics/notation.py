@@ -49,7 +49,9 @@ _VALUE = re.compile(
     re.DOTALL,
 )
 _PERCENT = re.compile(r" ?(?:%|percent\b|per cent\b)")
-_UNIT = re.compile(r" ?(?:[A-Za-z]{2,}|(?<= )[A-Za-z])(?:[ /.]+[A-Za-z]+)*(?: ?\^ ?\{?[23]\}?)?[ .]*")
+_UNIT = re.compile(
+    r" ?(?:[A-Za-z]{2,}|(?<= )[A-Za-z])(?:[ /.]+[A-Za-z]+)*(?: ?\^ ?\{?[23]\}?)?[ .]*"
+)
 #: Words after a number that change it, so that "5 squared" is not 5.
 _NO_UNITS = {
     "over", "squared", "cubed", "factorial", "sqrt", "root", "times", "plus", "minus", "divided",
@@ -103,6 +105,24 @@ def number(squeezed: str) -> Number | None:
     """
     while len(squeezed) > 1 and (squeezed[0] + squeezed[-1]) in ("()", "{}"):
         squeezed = squeezed[1:-1].strip()
+    found = leading(squeezed)
+    if found is None:
+        return None
+    value, rest, fraction = found
+    percent = _PERCENT.match(rest)
+    if percent:
+        return None if rest[percent.end() :].strip() else Number(value, True, fraction)
+    if rest:
+        words = re.findall(r"[A-Za-z]+", rest.lower())
+        if not _UNIT.fullmatch(rest) or _NO_UNITS.intersection(words):
+            return None
+        for word in words:
+            value *= 10 ** _MULTIPLES.get(word, 0)
+    return Number(value, False, fraction)
+
+
+def leading(squeezed: str) -> tuple[Fraction, str, bool] | None:
+    """The number that a text begins with, what follows it, and whether it is a fraction."""
     match = _VALUE.fullmatch(squeezed)
     if match is None:
         return None
@@ -119,18 +139,7 @@ def number(squeezed: str) -> Number | None:
     else:
         power = int(match["power"] or match["p"] or match["e"] or 0)
         value = _fraction(match["decimal"]) * Fraction(10) ** power
-    value = -value if match["sign"] == "-" else value
-    rest = match["rest"]
-    percent = _PERCENT.match(rest)
-    if percent:
-        return None if rest[percent.end() :].strip() else Number(value, True, top is not None)
-    if rest:
-        words = re.findall(r"[A-Za-z]+", rest.lower())
-        if not _UNIT.fullmatch(rest) or _NO_UNITS.intersection(words):
-            return None
-        for word in words:
-            value *= 10 ** _MULTIPLES.get(word, 0)
-    return Number(value, False, top is not None)
+    return -value if match["sign"] == "-" else value, match["rest"], top is not None
 
 
 def same_number(a: Number, b: Number) -> bool:
