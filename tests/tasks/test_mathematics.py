@@ -4,7 +4,10 @@ import itertools
 import json
 import math
 import pickle
+import random
 import re
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -96,8 +99,6 @@ def solved(name, text):
 @pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("template", [t for _, t in TEMPLATES], ids=lambda t: t.__name__)
 def test_drawn_answers_are_right(template, level):
-    import random
-
     task = get_task("mathematics")
     for seed in range(6):
         question, answer = template(random.Random(seed), level)
@@ -233,3 +234,19 @@ def test_a_piece_of_the_question_is_no_answer(data):
     assert task.score(prompt, rf"\boxed{{{i * i} + {2 * i}x + x^2}}") == 1
     spellings = (rf"\boxed{{x(x+{i})}}", rf"\boxed{{{i}x + x^2}}", rf"\boxed{{y = x^2+{i}x}}")
     assert len({task.answer(prompt, text) for text in spellings}) == 1
+
+
+def test_heavy_packages_are_imported_when_needed(monkeypatch):
+    code = (
+        "import sys; from pyrl.tasks import get_task; "
+        "[get_task(n).prompts('train')[0] for n in ('mathematics', 'stem')]; "
+        "print(*{'torch', 'sympy', 'datasets', 'pandas', 'math_verify'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r'math-verify: pip install "pyrl\[tasks\]"'):
+        get_task("mathematics", verifier="symbolic")
+    with pytest.raises(ModuleNotFoundError, match=r'datasets: pip install "pyrl\[tasks\]"'):
+        get_task("stem", data="owner/name")

@@ -56,7 +56,7 @@ SAME = [
     ("x=1,y=2", "y=2, x=1"), ("[0,1)", r"\left[0, 1\right)"), (r"(0,\infty)", "(0, ∞)"),
     (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty) ∪ (-∞, 2)"), (r"\infty", "oo"),
     ("east", r"\text{East}"), (r"\text{yes}", "Yes."), ("A", "(A)"), ("x^2", "$x^2$."),
-    (r"\frac{\sqrt{3}}{2}", r"\dfrac{ \sqrt{3} }{2}"), ("x^{2}", "x²"),
+    (r"\frac{\sqrt{3}}{2}", r"\dfrac{ \sqrt{3} }{2}"), ("x^2", "x²"), ("a_{1}", "a_1"),
 ]  # fmt: skip
 
 #: reference, answer; different, whatever decides.

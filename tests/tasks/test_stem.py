@@ -77,7 +77,9 @@ SOLVED = {
     "organelle": fact,
     "half_life": lambda t, n: n[1] * 0.5 ** (n[2] / n[0]),
     "planet": lambda t, n: (
-        ["", "Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune"][int(n[0])]
+        ["Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune"][
+            int(n[0]) - 1
+        ]
     ),
     "layer": fact,
     "drift": lambda t, n: n[0] * 1e-5 * n[1] * 1e6,

@@ -36,6 +36,7 @@ _CHARACTERS = {
 _SUPERSCRIPTS = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _PLAIN_SUPERSCRIPT = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _SPACE_BETWEEN_DIGITS = re.compile(r"(?<=\d) (?=\d)")
+_SMALL_INDEX = re.compile(r"([\^_])\{(\w)\}")
 
 _DECIMAL = r"(?:\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 _FRACTION = (
@@ -90,9 +91,9 @@ def squeeze(text: str) -> str:
 
 
 def spaceless(squeezed: str) -> str:
-    """Without spaces, except between digits: "1 2" is not 12."""
+    """Without spaces, except between digits ("1 2" is not 12), and x^{2} as x^2."""
     kept = _SPACE_BETWEEN_DIGITS.sub("\0", squeezed)
-    return kept.replace(" ", "").replace("\0", " ")
+    return _SMALL_INDEX.sub(r"\1\2", kept.replace(" ", "").replace("\0", " "))
 
 
 def number(squeezed: str) -> Number | None:

@@ -97,16 +97,11 @@ def expanded(squeezed: str) -> str | None:
 
 
 def _parse(squeezed: str) -> list:
-    try:
-        from math_verify import LatexExtractionConfig, parse
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'verifier="symbolic" needs the package math-verify: pip install "pyrl[tasks]"'
-        ) from error
+    from math_verify import LatexExtractionConfig, parse  # with sympy: a second the first time
+
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # warns of its missing time limit
-    text = squeezed.replace("$", "")
     return parse(
-        f"${text}$",
+        f"${squeezed}$",
         [LatexExtractionConfig()],
         fallback_mode="no_fallback",
         parsing_timeout=None,

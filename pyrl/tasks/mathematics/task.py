@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,10 @@ class Mathematics(ReadingTask):
             raise ValueError(f"verifier={self.verifier!r}: expected 'symbolic' or 'string'")
         if self.verifier is None:
             self.verifier = "string" if self.data is None else "symbolic"
+        if self.verifier == "symbolic" and importlib.util.find_spec("math_verify") is None:
+            raise ModuleNotFoundError(
+                'verifier="symbolic" needs the package math-verify: pip install "pyrl[tasks]"'
+            )
         self.trusted = self.verifier == "string"  # linear code on a bounded answer
         super().__post_init__()
 
