@@ -21,6 +21,7 @@ TASKS = {
     "letters": "pyrl.tasks.letters:Letters",
     "mathematics": "pyrl.tasks.mathematics:Mathematics",
     "stem": "pyrl.tasks.stem:Stem",
+    "temporal_clue": "pyrl.tasks.temporal_clue.task:TemporalClue",
 }
 
 #: How many prompts of each split are compared when a task of the user's own is loaded.
