@@ -19,6 +19,8 @@ from pyrl.tasks.worker import describe
 TASKS = {
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
+    "mathematics": "pyrl.tasks.mathematics:Mathematics",
+    "stem": "pyrl.tasks.stem:Stem",
     "temporal_clue": "pyrl.tasks.temporal_clue.task:TemporalClue",
 }
 
