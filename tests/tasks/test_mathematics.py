@@ -250,3 +250,14 @@ def test_heavy_packages_are_imported_when_needed(monkeypatch):
         get_task("mathematics", verifier="symbolic")
     with pytest.raises(ModuleNotFoundError, match=r'datasets: pip install "pyrl\[tasks\]"'):
         get_task("stem", data="owner/name")
+
+
+def test_a_proof_has_no_answer(tmp_path):
+    rows = [{"problem": f"{i}?", "solution": rf"so \boxed{{{i}}}"} for i in range(20)]
+    rows.append({"problem": "Prove it.", "solution": "Clear. QED"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"the solution 'Clear. QED' has no .boxed answer"):
+        Mathematics(data=str(file))
+    task = Mathematics(data=str(file), skip=True)
+    assert len(task.prompts("train")) + len(task.prompts("heldout")) == 20

@@ -25,6 +25,8 @@ ANSWER_FIELDS = (
     "answer", "final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth",
     "target", "solution",
 )  # fmt: skip
+#: Holds a worked solution: without "####" or a box it has no answer, as a proof has none.
+WORKED = "solution"
 #: Of a question, as much is searched for a copied answer.
 SEARCHED = 20_000
 
@@ -125,6 +127,11 @@ class Mathematics(ReadingTask):
 
     def _answers(self, row: Row, where: str) -> str | list[str]:
         found = row_field(row, self.answer_field or ANSWER_FIELDS, "answer", where)
+        others = (name for name in ANSWER_FIELDS if name != WORKED)
+        if self.answer_field is None and all(row.get(name) is not found for name in others):
+            text = str(row.get(WORKED))
+            if found is row.get(WORKED) and "####" not in text and last_boxed(text) is None:
+                raise ValueError(f"{where}: the solution {text[:80]!r} has no \\boxed answer")
         if isinstance(found, list):
             return [_reference(one, where) for one in found] or _reference("", where)
         return _reference(found, where)
