@@ -13,7 +13,7 @@ from fractions import Fraction
 import pytest
 
 from pyrl.tasks import get_task
-from pyrl.tasks.mathematics import problems
+from pyrl.tasks.mathematics import Mathematics, problems
 
 TEMPLATES = [(kind, t) for kind, ts in problems.KINDS.items() for t in ts]
 
