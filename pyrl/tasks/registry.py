@@ -17,8 +17,10 @@ from pyrl.tasks.worker import describe
 
 #: name → "module:Class", imported on first use. A new built-in task is one row here.
 TASKS = {
+    "ifeval": "pyrl.tasks.ifeval:IFEval",
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
+    "logic": "pyrl.tasks.logic:Logic",
 }
 
 #: How many prompts of each split are compared when a task of the user's own is loaded.
