@@ -30,7 +30,7 @@ def solution(entry):
     if entry["answer"] is not None:
         return str(entry["answer"])
     metadata = entry["metadata"]
-    keys = ("possible_answer", "example_correct_answer", "example_answer")
+    keys = ("possible_answer", "example_correct_answer")
     found = next(metadata[k] for k in keys if k in metadata)
     return found if isinstance(found, str) else json.dumps(found)
 
@@ -93,6 +93,14 @@ def test_answers_are_not_evaluated(tmp_path):
             assert gym.score(name, None, entry, attack) == 0, (name, attack)
         assert gym.score(name, None, entry, solution(entry)) == 1
     assert not file.exists()
+
+
+def test_an_integral_is_not_solved_by_naming_it():
+    entry = gym.entry("simple_integration", None, random.Random(0))
+    metadata = entry["metadata"]
+    unsolved = f"Integral({metadata['integrand']}, {metadata['variable']})"
+    assert gym.scorer("simple_integration", None).score_answer(unsolved, entry) == 1
+    assert gym.score("simple_integration", None, entry, unsolved) == 0
 
 
 def test_lists_are_still_read():
@@ -169,7 +177,7 @@ def test_scoring_processes_load_the_package_once_and_survive():
 def test_options():
     assert isinstance(get_task("logic", tasks=["gcd"]), Logic)
     assert not getattr(Logic, "trusted", False)
-    assert len(LEVELS) == 96 and len(EXCLUDED) == 10 and set(CURATED) < set(LEVELS)
+    assert len(LEVELS) == 95 and len(EXCLUDED) == 11 and set(CURATED) < set(LEVELS)
     system = Logic(tasks=["gcd"], system="Think.").prompts("heldout")[0]
     assert system.messages[0] == {"role": "system", "content": "Think."}
     for options, message in (
@@ -208,16 +216,18 @@ def test_importing_the_tasks_does_not_import_the_package():
 
 @pytest.mark.slow
 def test_findings_still_hold():
-    """Of every puzzle at every level: own solutions score 1, and questions are as expected."""
+    """Of every puzzle at every level, own solutions score 1; the first level is not the last."""
     for name, levels in LEVELS.items():
-        seen = set()
+        seen = {}
         for level in (None, *range(1, len(levels) + 1)):
-            entries = [gym.entry(name, level, random.Random(i)) for i in range(3)]
-            seen.add(tuple(e["question"] for e in entries))
+            entries = [gym.entry(name, level, random.Random(i)) for i in range(6)]
+            seen[level] = [e["question"] for e in entries]
             for entry in entries:
                 copied = pickle.loads(pickle.dumps(entry))
-                assert gym.score(name, level, copied, solution(entry)) == 1, (name, level)
-        assert len(seen) >= len(levels), name
+                own = solution(entry)  # an integral left as it is does not count here
+                expected = 0 if "Integral" in own else 1
+                assert gym.score(name, level, copied, own) == expected, (name, level)
+        assert len(levels) < 2 or seen[1] != seen[len(levels)], name
 
 
 @pytest.mark.slow

@@ -6,8 +6,6 @@ default configuration and at every level of its curriculum; `tests/tasks/test_lo
 
 from __future__ import annotations
 
-VERSION = "0.1.25"
-
 #: name → the levels of its curriculum that can be used, easiest first; () where it has none.
 #: Left out: levels that raise, that take more than a second an entry, whose own solution is not
 #: scored 1, or whose questions are those of the level below.
@@ -78,7 +76,6 @@ LEVELS: dict[str, tuple[int, ...]] = {
     "power_function": (1, 2, 3, 4, 5),
     "prime_factorization": (1, 2, 3),
     "products": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
-    "propositional_logic": (1, 2, 3, 4, 5),
     "quantum_lock": (1, 2, 3, 4, 5, 6, 8, 9),
     "rearc": (1, 2, 3, 4, 5, 6, 7),
     "rectangle_count": (1, 2, 3, 4, 5),
@@ -119,6 +116,7 @@ EXCLUDED = {
     "isomorphic_strings": "not reproducible: questions depend on Python's string hashing",
     "knight_swap": "curriculum and speed: no level works, an entry may take seconds, or fail",
     "polynomial_multiplication": "not reproducible: questions depend on Python's string hashing",
+    "propositional_logic": "scorer: a premise, copied, is right; and its own solution may be wrong",
     "puzzle24": "scorer: it does not look which numbers were given, so one answer solves all",
     "ransom_note": "not reproducible: questions depend on Python's string hashing",
     "rush_hour": "unchecked: it has no solution of its own",

@@ -16,7 +16,7 @@ from typing import Any
 from pyrl.tasks.logic.findings import LEVELS
 from pyrl.tasks.scoring import CHECK_ERRORS
 
-#: A longer answer is none.
+#: An answer so much longer than the puzzle's own is none.
 MOST_CHARACTERS = 20_000
 #: Seeds for one entry: a few data sets give up on a few seeds.
 TRIES = 20
@@ -33,6 +33,8 @@ _PARSED = {
     "intermediate_integration": re.compile(r"[0-9A-Za-z\s+\-*/().,]*"),
     "simple_integration": re.compile(r"[0-9A-Za-z\s+\-*/().,]*"),
 }
+#: What an expression may name. Not `Integral`: the derivative of "Integral(f, x)" is f, so this
+#: would solve every integral, and it is the package's own answer to some.
 _NAME = re.compile(r"[A-Za-z]+")
 _NAMES = frozenset(
     "sin cos tan sec csc cot asin acos atan sinh cosh tanh exp log ln sqrt pi abs Abs".split()  # noqa: SIM905
@@ -102,10 +104,11 @@ def entry(name: str, level: int | None, rng: random.Random) -> dict[str, Any]:
 def score(name: str, level: int | None, made: Mapping[str, Any], answer: str) -> float:
     """The data set's own score of the answer to an entry, in [0, 1].
 
-    0 for an empty answer, one of more than MOST_CHARACTERS, one that its scorer cannot read, and
-    one that would be evaluated and is not a plain list or expression.
+    0 for an empty answer, one MOST_CHARACTERS longer than its own, one that its scorer cannot read,
+    and one that would be evaluated and is not a plain list or expression.
     """
-    if not answer or len(answer) > MOST_CHARACTERS or not _evaluable(name, made, answer):
+    most = len(made["answer"] or "") + MOST_CHARACTERS
+    if not answer or len(answer) > most or not _evaluable(name, made, answer):
         return 0.0
     try:
         found = float(scorer(name, level).score_answer(answer, made))
