@@ -17,11 +17,13 @@ from pyrl.tasks.worker import describe
 
 #: name → "module:Class", imported on first use. A new built-in task is one row here.
 TASKS = {
+    "ifeval": "pyrl.tasks.ifeval:IFEval",
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
     "mathematics": "pyrl.tasks.mathematics:Mathematics",
     "stem": "pyrl.tasks.stem:Stem",
     "temporal_clue": "pyrl.tasks.temporal_clue.task:TemporalClue",
+    "logic": "pyrl.tasks.logic:Logic",
 }
 
 #: How many prompts of each split are compared when a task of the user's own is loaded.
