@@ -20,10 +20,10 @@ TASKS = {
     "ifeval": "pyrl.tasks.ifeval:IFEval",
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
+    "logic": "pyrl.tasks.logic:Logic",
     "mathematics": "pyrl.tasks.mathematics:Mathematics",
     "stem": "pyrl.tasks.stem:Stem",
     "temporal_clue": "pyrl.tasks.temporal_clue.task:TemporalClue",
-    "logic": "pyrl.tasks.logic:Logic",
 }
 
 #: How many prompts of each split are compared when a task of the user's own is loaded.
