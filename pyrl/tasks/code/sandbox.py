@@ -224,6 +224,9 @@ def _run(
         where = f"after {len(told)} of {len(calls)} calls" if "ready" in first else "at its start"
         kind = SandboxError if "ready" in first or mode != "bubblewrap" else _Unavailable
         raise kind(f"{mode}: the sandbox ended {where}: {last[0][:300]}")
+    for i, outcome in enumerate(told):
+        if outcome["status"] == "failed":
+            raise SandboxError(f"{mode}: call {i} could not be limited: {outcome['error']}")
     return [Outcome(**outcome) for outcome in told]
 
 

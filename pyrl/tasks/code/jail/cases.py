@@ -28,6 +28,7 @@ from typing import Any
 from . import kernel, namespaces, seccomp
 
 RESULT = 3  # the descriptor that a function's value is written to
+LIMITED = b"+"  # the first byte there: from here on the program is to blame
 ERROR_BYTES = 4096
 NAME = "<program>"
 
@@ -133,7 +134,7 @@ def _follow(pid: int, pipes: list[int], most: int, end: float, function: bool) -
     """
     out, err, value = pipes
     kept = {out: bytearray(), err: bytearray(), value: bytearray()}
-    room = {out: 0 if function else most, err: ERROR_BYTES, value: most}
+    room = {out: 0 if function else most, err: ERROR_BYTES, value: most + len(LIMITED)}
     judged = value if function else out
     poll, still = select.poll(), set(pipes)
     for pipe in pipes:
@@ -165,12 +166,16 @@ def _follow(pid: int, pipes: list[int], most: int, end: float, function: bool) -
     _, code = os.waitpid(pid, 0)
     for descriptor in (*pipes, *([life] if life is not None else [])):
         os.close(descriptor)
+    limited, result = kept[value].startswith(LIMITED), kept[value][len(LIMITED) :]
     if not status:
-        status = "done" if code == 0 and (kept[value] or not function) else "crashed"
+        status = "done" if code == 0 and (result or not function) else "crashed"
+    if not limited and status != "timeout":
+        status = "failed"
     told = {"status": status, "stdout": kept[out].decode(errors="replace")}
-    told["error"] = _reason(code, kept[err].decode(errors="replace")) if status == "crashed" else ""
+    failed = status in ("crashed", "failed")
+    told["error"] = _reason(code, kept[err].decode(errors="replace")) if failed else ""
     if function and status == "done":
-        told["result"] = kept[value].decode(errors="replace")
+        told["result"] = result.decode(errors="replace")
     return told
 
 
@@ -209,10 +214,13 @@ def _become(
         os.dup2(source, target + 10, inheritable=False)
     for target in range(len(taken)):
         os.dup2(target + 10, target)
-    os.closerange(RESULT + 1 if function else RESULT, 1 << 16)
+    os.closerange(RESULT + 1, 1 << 16)
     os.setsid()
     _limit(limits, plan)
     _streams()
+    os.write(RESULT, LIMITED)
+    if not function:
+        os.close(RESULT)
     if function:
         _exit_after(functools.partial(_call, program, function))
     else:
