@@ -176,7 +176,7 @@ FAMILIES = (
     Family("vowel words", 2,
            "Return the words of `s` that have at least <a> vowels (a, e, i, o, u) or exactly <b> "
            "letters, in alphabetical order and joined by single spaces.",
-           S, "str", {"a": (1, 4), "b": (1, 7)},
+           S, "str", {"a": (1, 4), "b": (1, 13)},
            "return ' '.join(sorted(w for w in s.split() "
            "if sum(c in 'aeiou' for c in w) >= <a> or len(w) == <b>))", _one_text),
     # Level 3: a known algorithm, or a small language.

@@ -247,8 +247,9 @@ def _exit_after(body: Callable[[], object]) -> None:
         body()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:  # noqa: BLE001  the program's; its last line is told as the reason
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001  the program's; its last line is the reason
+        # Without the frames: there may be millions.
+        print("".join(traceback.format_exception_only(type(error), error)), file=sys.stderr)
         code = 1
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
