@@ -69,8 +69,7 @@ PRINTING = {
     "os._exit": ("import os\nos._exit(0)", 0),
     "deep recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()", 0),
     "deep recursion in C": (
-        "import sys\nsys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\n"
-        "repr(x)", 0),
+        "x = ()\nfor _ in range(10**6): x = (x,)\nhash(x)", 0),
     "segmentation fault": ("import ctypes\nctypes.string_at(0)", 0),
     "abort": ("import os\nos.abort()", 0),
     "stops itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", 0),
