@@ -1,4 +1,4 @@
-"""The command line: `pyrl train`, `eval`, `report`, `certify`, `repro`, `env`.
+"""The command line: `pyrl train`, `eval`, `report`, `puzzles`, `certify`, `repro`, `env`.
 
 Every value of a recipe is a flag, `--section.key VALUE`; both go through `pyrl.trainer.recipe`.
 """
@@ -225,6 +225,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--out", type=Path, default=Path("docs/parity.md"), help="the document")
     one.add_argument("--quick", action="store_true", help="a few rows of each kind")
+
+    from pyrl.tasks.temporal_clue import command as puzzles
+
+    one = command("puzzles", puzzles.run, puzzles.SUMMARY, puzzles.USAGE, puzzles.MORE)
+    puzzles.add_arguments(one)
 
     from pyrl.repro.registry import MINIATURES
 

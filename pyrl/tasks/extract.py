@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 _THOUGHTS_END = "</think>"
-_BOXES = ("\\boxed", "\\fbox")
+#: A box's beginning, another escaped character, a brace.
+_BRACES = re.compile(r"(\\boxed\{|\\fbox\{)|\\.|[{}]", re.DOTALL)
 #: A fence of its own line, at most three spaces in, as in CommonMark.
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
 
@@ -33,27 +34,20 @@ def last_boxed(text: str) -> str | None:
     found: str | None = None
     opened: list[int | None] = []  # per open brace: where its box's inside begins, None = no box
     boxes = 0
-    i = 0
-    while i < len(text):
-        character = text[i]
-        if character == "\\":
-            name = next((b for b in _BOXES if text.startswith(b, i)), None)
-            after = i + len(name) if name else i + 2
-            if name and text[after : after + 1] == "{":
-                opened.append(after + 1)
-                boxes += 1
-                after += 1
-            i = after
-            continue
-        if character == "{":
+    for match in _BRACES.finditer(text):
+        token = match[0]
+        if token == "{":
             opened.append(None)
-        elif character == "}" and opened:
+        elif token != "}":
+            if match[1]:
+                opened.append(match.end())
+                boxes += 1
+        elif opened:
             begin = opened.pop()
             if begin is not None:
                 boxes -= 1
                 if boxes == 0 or found is None:
-                    found = text[begin:i]
-        i += 1
+                    found = text[begin : match.start()]
     return None if found is None else found.strip()
 
 

@@ -20,6 +20,9 @@ TASKS = {
     "code": "pyrl.tasks.code:Code",
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
+    "mathematics": "pyrl.tasks.mathematics:Mathematics",
+    "stem": "pyrl.tasks.stem:Stem",
+    "temporal_clue": "pyrl.tasks.temporal_clue.task:TemporalClue",
 }
 
 #: How many prompts of each split are compared when a task of the user's own is loaded.

@@ -13,6 +13,8 @@ import signal
 import struct
 import threading
 import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 from pyrl.tasks.protocol import Prompt, Task
@@ -24,10 +26,9 @@ _problem: str | None = "the process was not started by pyrl.tasks.scoring"
 
 
 def start(payload: bytes, files: dict[str, str]) -> None:
-    """Prepares the process and loads the task; a failure is kept for `problem`."""
+    """Prepares the process and loads the task; a failure is kept."""
     global _task, _problem
-    _die_with_parent()
-    _own_group()
+    lead_group()
     _silence()
     try:
         from pyrl.tasks.registry import load_file
@@ -39,9 +40,30 @@ def start(payload: bytes, files: dict[str, str]) -> None:
         _problem = describe(error)
 
 
-def problem() -> str | None:
-    """Why the task could not be loaded, or None."""
-    return _problem
+def serve(connection: Connection, payload: bytes, files: dict[str, str]) -> None:
+    """A scoring process: loads the task, answers ("score" | "answer", prompt, completion)."""
+    start(payload, files)
+    failed = None if _problem is None else f"it could not load the task: {_problem}"
+    answer_calls(connection, lambda name, *item: CALLS[name](*item), failed)
+
+
+def answer_calls(
+    connection: Connection, call: Callable[..., Any], problem: str | None = None
+) -> None:
+    """What a process of `pool.Pool` does: says why it cannot work, if it cannot, and then sends
+    `call(*arguments)` for the arguments that come, until the pipe is closed."""
+    connection.send(problem)
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            arguments = pickle.loads(message)
+        except BaseException as error:  # noqa: BLE001  a class that cannot be made here
+            connection.send((None, f"could not be received by its process: {describe(error)}"))
+            continue
+        connection.send(call(*arguments))
 
 
 def score(prompt: Prompt, completion: str) -> tuple[float, str | None]:
@@ -62,6 +84,9 @@ def answer(prompt: Prompt, completion: str) -> tuple[str | None, str | None]:
         return told(_task.answer(prompt, completion))  # type: ignore[attr-defined]
     except BaseException as error:  # noqa: BLE001  whatever the task raises costs one answer
         return None, describe(error)
+
+
+CALLS = {"score": score, "answer": answer}
 
 
 def told(answer: Any) -> tuple[str | None, str | None]:
@@ -108,9 +133,10 @@ def describe(error: BaseException) -> str:
     return text + place
 
 
-def _own_group() -> None:
-    """Own session: Ctrl-C in the terminal is the trainer's, and a kill reaches what a reward
-    started as well."""
+def lead_group() -> None:
+    """A session of its own: Ctrl-C in the terminal is the parent's, and a kill reaches what the
+    process has started as well. Ends with its parent, however that ends."""
+    _die_with_parent()
     if not hasattr(os, "setsid"):
         return
     os.setsid()

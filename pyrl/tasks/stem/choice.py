@@ -1,0 +1,81 @@
+"""Which option of a multiple-choice question a completion chooses."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from pyrl.tasks.extract import after_thinking, last_boxed
+from pyrl.tasks.mathematics.final import LONGEST, final_answer
+from pyrl.tasks.mathematics.notation import spaceless, squeeze
+
+LETTERS = "ABCDEFGHIJ"
+_END = r"(?=[)\].:,;!?]|$| (?:and|or|because|since|as)\b| [(\[]?[A-J][)\]]?$|[ ]?[/&+])"
+#: C, (C), C. and C) …, [C], "option C"; not the first word of a sentence.
+_FIRST = re.compile(rf"(?:[Tt]he )?(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter) )?[(\[]?([A-J]){_END}")
+#: Right after it: another one.
+_SECOND = re.compile(rf"[)\].:;]*\s*(?:,|/|&|\+|and\b|or\b)*\s*[(\[]?([A-J]){_END}")
+_BRACKETED = re.compile(r"\(([A-J])\)")
+
+
+def chosen(completion: str, options: Sequence[str], strict: bool = False) -> int | None:
+    r"""The index of the option that the completion chooses, None where it chooses none or several.
+
+    The last `\boxed{…}` after the thoughts decides; without one, unless `strict`, what follows the
+    last "answer is", "answer:" or "####", else the last line, else the last "(C)". There it is a
+    letter (C, (C), C., "C) water", in a box also c) or an option's text, in full.
+    Several different letters choose none.
+    """
+    text = after_thinking(completion)
+    boxed = last_boxed(text)
+    if boxed is not None:
+        found = _choice(boxed, options, True)
+        return None if found == -1 else found
+    if strict:
+        return None
+    stated = final_answer(text, units=True)
+    candidates = [stated or "", text.rstrip().rpartition("\n")[2]]
+    for candidate in candidates:
+        found = _choice(candidate, options, False)
+        if found is not None:
+            return found if found >= 0 else None
+    letters = _BRACKETED.findall(text)
+    return _index(letters[-1], options) if letters else None
+
+
+def _choice(text: str, options: Sequence[str], boxed: bool) -> int | None:
+    """The option that a text names, None for none of them, -1 for several."""
+    if not text or len(text) > LONGEST:
+        return None
+    clean = _clean(text)
+    plain = [_plain(option) for option in options]
+    if _plain(clean) in plain:
+        return plain.index(_plain(clean))
+    if boxed and len(clean.strip("(). ")) == 1:
+        clean = clean.upper()
+    first = _FIRST.match(clean)
+    index = None if first is None else _index(first[1], options)
+    if first is None or index is None:
+        return None
+    second = _SECOND.match(clean, first.end(1))
+    if second and second[1] != first[1] and _index(second[1], options) is not None:
+        return -1
+    text_of = _plain(clean[first.end(1) :].lstrip(" )].:,;"))
+    return -1 if text_of in plain and text_of != plain[index] else index
+
+
+def _index(letter: str, options: Sequence[str]) -> int | None:
+    index = LETTERS.find(letter)
+    return index if 0 <= index < len(options) else None
+
+
+def _clean(text: str) -> str:
+    """Full-width letters as usual ones, without LaTeX's text commands and Markdown's emphasis."""
+    return squeeze(unicodedata.normalize("NFKC", text)).strip("*_ ")
+
+
+def _plain(option: str) -> str:
+    """An option's text for comparing: without case, spaces and a final dot."""
+    text = unicodedata.normalize("NFKC", option[:LONGEST])
+    return spaceless(squeeze(text)).casefold()
