@@ -3,105 +3,102 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from pyrl.tasks.code.judge import Case
 from pyrl.tasks.code.problems import draw
 from pyrl.tasks.code.rows import problem_of_row
 from pyrl.tasks.code.sandbox import MODES, Call, Limits, LocalSandbox, Sandbox
 from pyrl.tasks.extract import after_thinking, last_code_block
-from pyrl.tasks.generated import generated
-from pyrl.tasks.protocol import Prompt, Split, check_split, split_prompts
+from pyrl.tasks.protocol import Prompt
+from pyrl.tasks.reading import ReadingTask
+from pyrl.tasks.rows import Row
 
 LEVELS = (1, 2, 3)
 SANDBOXES = (*MODES, "e2b", "sandboxfusion")
-FORMAT = "Put the whole program in one ```python block; the last such block counts."
+REWARDS = ("fraction", "all")
 #: The labels of a block of Python.
 LANGUAGES = ("python", "python3", "py")
 
 
-class Code:
-    """Prompts: a problem, and the request for a program in a block of code.
-
-    Reward: (tests passed) / (tests) of the last ```python block (else the last block without a
+@dataclass(eq=False, kw_only=True)
+class Code(ReadingTask):
+    """reward = (tests passed) / (tests) of the last ```python block (else the last block without a
     label) after the thoughts; 0 without a block, with a syntax error, or when all tests together
-    take more than `timeout` seconds. With `reward="all"`: 1 if every test passed, else 0. As in
-    ProRL (arXiv 2505.24864). A test is an input and the printed words, or a function's arguments
-    and its value (`judge`). Programs run in a sandbox that never sees an expected answer; a sandbox
-    that fails raises `SandboxError`, which costs the sample and is no reward.
+    take more than `timeout` seconds. As in ProRL (arXiv 2505.24864).
+
+    A test is an input and the words printed for it, or a function's arguments and its value
+    (`judge`). Without `data`: problems with parameters (`families`); with data: `rows`. Programs
+    run in a sandbox that never sees an expected answer. A sandbox that fails raises `SandboxError`:
+    that costs the sample, and is no reward.
     """
 
-    name = "code"
-    trusted = False
+    name: ClassVar[str] = "code"
+    trusted: ClassVar[bool] = False
+    own_suffix: ClassVar[str] = (
+        "\nPut the whole program in one ```python block; the last such block counts."
+    )
 
-    def __init__(
-        self,
-        data: str | None = None,
-        *,
-        train: int = 10_000,
-        heldout: int = 200,
-        level: int | tuple[int, int] = 1,
-        seed: int = 0,
-        tests: int = 8,
-        timeout: float = 5.0,
-        memory_mb: int = 512,
-        sandbox: str = "auto",
-        endpoint: str | None = None,
-        reward: str = "fraction",
-        system: str | None = None,
-    ) -> None:
-        """Generated problems (`families`), or those of a file or a Hugging Face data set.
+    level: int | tuple[int, int] = 1
+    """How hard drawn problems are: 1 to 3, or (least, most)."""
+    tests: int = 8
+    """Tests of a drawn problem; of a row, at most, the first ones (0 = all)."""
+    timeout: float = 5.0
+    """Seconds for all tests of a program together."""
+    memory_mb: int = 512
+    """Address space of a program, MiB."""
+    sandbox: str = "auto"
+    """A mode of `sandbox.LocalSandbox`, "e2b" or "sandboxfusion"."""
+    endpoint: str | None = None
+    """Address of the SandboxFusion server, "http://host:8080"."""
+    reward: str = "fraction"
+    """"fraction", or "all": 1 if every test passed, else 0."""
+    _box: Sandbox = field(init=False, repr=False)
+    _limits: Limits = field(init=False, repr=False)
 
-        data: rows of `prompt` and tests, see `rows`; None generates. Rows are split by `heldout`.
-        train: prompts for training; of data, at most.
-        heldout: prompts held out; of data, exactly.
-        level: 1 to 3, or (least, most), drawn for each prompt. Generated problems only.
-        seed: of the generated problems and of the split.
-        tests: tests of a prompt; of data, at most (0 = all that a row has).
-        timeout: seconds for all tests of a program together.
-        memory_mb: address space of a program, MiB.
-        sandbox: a mode of `sandbox.LocalSandbox`, "e2b" or "sandboxfusion".
-        endpoint: address of the SandboxFusion server.
-        reward: "fraction" or "all".
-        system: the system message; None = none.
-        """
-        least, most = (level, level) if isinstance(level, int) else tuple(level)
+    def __post_init__(self) -> None:
+        least, most = self._levels()
         if not (least in LEVELS and most in LEVELS and least <= most):
-            raise ValueError(f"level={level!r}: expected 1 to 3, or (least, most) of them")
-        for option, value in (("train", train), ("heldout", heldout)):
-            if value < 1:
-                raise ValueError(f"{option}={value}: expected at least 1")
-        if tests < (0 if data else 1):
-            raise ValueError(f"tests={tests}: expected at least {0 if data else 1}")
-        if not timeout > 0:
-            raise ValueError(f"timeout={timeout}: expected seconds > 0")
-        if reward not in ("fraction", "all"):
-            raise ValueError(f'reward={reward!r}: expected "fraction" or "all"')
-        self._sandbox = _sandbox(sandbox, endpoint)
-        self._limits = Limits(seconds=timeout, memory_mb=memory_mb)
-        self._reward, self._system, self._seed = reward, system, seed
-        self._sizes, self._levels, self._tests = (
-            {"train": train, "heldout": heldout},
-            (least, most),
-            tests,
-        )
-        self._rows = None if data is None else _read(data, tests, system)
+            raise ValueError(f"level={self.level!r}: expected 1 to 3, or (least, most) of them")
+        fewest = 1 if self.data is None else 0
+        if self.tests < fewest:
+            raise ValueError(f"tests={self.tests}: expected at least {fewest}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout}: expected seconds > 0")
+        if self.reward not in REWARDS:
+            raise ValueError(f"reward={self.reward!r}: expected one of {', '.join(REWARDS)}")
+        self._box = _sandbox(self.sandbox, self.endpoint)
+        self._limits = Limits(seconds=self.timeout, memory_mb=self.memory_mb)
+        super().__post_init__()
 
-    def prompts(self, split: Split) -> Sequence[Prompt]:
-        """Drawn problems (no family with equal parameters in both splits), or the rows' share."""
-        check_split(split)
-        size = self._sizes[split]
-        if self._rows is None:
-            return generated(
-                split,
-                size,
-                lambda rng, i: self._drawn(rng, split, i),
-                seed=self._seed,
-                key=lambda prompt: prompt.data["key"],
-            )
-        found = split_prompts(self._rows, split, heldout=self._sizes["heldout"], seed=self._seed)
-        return found[:size] if split == "train" else found
+    def draw(self, id: str, rng: random.Random, index: int) -> Prompt:
+        """A problem of `families`, with its right program as `data["reference"]`."""
+        problem = draw(rng, rng.randint(*self._levels()), self.tests)
+        data = {
+            "key": problem.key,
+            "function": problem.function,
+            "tests": list(problem.tests),
+            "reference": problem.reference,
+        }
+        return Prompt(id, self.chat(problem.statement), data)
+
+    def drawn_key(self, prompt: Prompt) -> str:
+        """The family with its parameters: a wording of its own makes no other problem."""
+        key: str = prompt.data["key"]
+        return key
+
+    def row_key(self, row: Row, where: str) -> str:
+        """The statement; unusable tests are an error here, before the first step."""
+        return self._problem(row, where)[0]
+
+    def row_prompt(self, id: str, row: Row, where: str) -> Prompt:
+        """The row's statement and tests."""
+        statement, function, tests = self._problem(row, where)
+        if function:
+            statement += f"\n\nThe function is called `{function}`."
+        return Prompt(id, self.chat(statement), {"function": function, "tests": tests})
 
     def score(self, prompt: Prompt, completion: str) -> float:
         """See the class. Raises SandboxError when the sandbox failed."""
@@ -109,27 +106,25 @@ class Code:
         if program is None or not program.strip():
             return 0.0
         cases = [_case(prompt.data["function"], test) for test in prompt.data["tests"]]
-        outcomes = self._sandbox.run(program, [case.call for case in cases], self._limits)
+        outcomes = self._box.run(program, [case.call for case in cases], self._limits)
         if any(outcome.status == "timeout" for outcome in outcomes):
             return 0.0
         passed = sum(case.passed(o) for case, o in zip(cases, outcomes, strict=True))
-        if self._reward == "all":
+        if self.reward == "all":
             return float(passed == len(cases))
         return passed / len(cases)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the rows: scoring reads the prompt's data alone."""
-        return self.__dict__ | {"_rows": None}
+    def _levels(self) -> tuple[int, int]:
+        if isinstance(self.level, int):
+            return self.level, self.level
+        least, most = self.level
+        return least, most
 
-    def _drawn(self, rng: random.Random, split: str, index: int) -> Prompt:
-        problem = draw(rng, rng.randint(*self._levels), self._tests)
-        data = {
-            "key": problem.key,
-            "function": problem.function,
-            "tests": list(problem.tests),
-            "reference": problem.reference,
-        }
-        return Prompt(f"{split}-{index}", _messages(problem.statement, self._system), data)
+    def _problem(self, row: Row, where: str) -> tuple[str, str, list[dict[str, Any]]]:
+        try:
+            return problem_of_row(row, self.tests)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def _sandbox(kind: str, endpoint: str | None) -> Sandbox:
@@ -145,27 +140,6 @@ def _sandbox(kind: str, endpoint: str | None) -> Sandbox:
     from pyrl.tasks.code.remote import E2B, SandboxFusion
 
     return E2B() if endpoint is None else SandboxFusion(endpoint)
-
-
-def _read(data: str, tests: int, system: str | None) -> list[Prompt]:
-    from pyrl.tasks.rows import load_rows
-
-    found = []
-    for i, row in enumerate(load_rows(data)):
-        try:
-            statement, function, cases = problem_of_row(row, tests)
-        except ValueError as error:
-            raise ValueError(f"{data}: row {i}: {error}") from None
-        if function:
-            statement += f"\n\nThe function is called `{function}`."
-        kept = {"function": function, "tests": cases}
-        found.append(Prompt(f"row-{i}", _messages(statement, system), kept))
-    return found
-
-
-def _messages(statement: str, system: str | None) -> tuple[dict[str, str], ...]:
-    told = {"role": "user", "content": f"{statement}\n\n{FORMAT}"}
-    return (told,) if system is None else ({"role": "system", "content": system}, told)
 
 
 def _case(function: str, test: Mapping[str, Any]) -> Case:
