@@ -125,9 +125,8 @@ for thing in gc.get_objects():
 """,
     "files": """
 import os
-for folder, _, names in os.walk('/'):
-    if '/lib' in folder or folder.startswith('/sys'):
-        continue
+for folder, inner, names in os.walk('/'):
+    inner[:] = [name for name in inner if name[:3] not in ('lib', 'sys')]
     for name in names:
         try:
             text = open(os.path.join(folder, name), errors='replace').read(1 << 20)

@@ -121,7 +121,9 @@ def e2b(monkeypatch):
 
 def test_outcomes_are_the_same_as_here(fusion, e2b, server):
     for sandbox in (fusion, remote.E2B()):
-        for program, (call, status, told) in PROGRAMS.items():
+        some = PROGRAMS if sandbox is fusion else list(PROGRAMS)[:3]
+        for program in some:
+            call, status, told = PROGRAMS[program]
             (outcome,) = sandbox.run(program, [call], LIMITS)
             given = outcome.result if call.function else outcome.stdout
             assert (outcome.status, given) == (status, told), (program, outcome)
