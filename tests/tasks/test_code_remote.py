@@ -119,6 +119,7 @@ def e2b(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_outcomes_are_the_same_as_here(fusion, e2b, server):
     for sandbox in (fusion, remote.E2B()):
         some = PROGRAMS if sandbox is fusion else list(PROGRAMS)[:3]

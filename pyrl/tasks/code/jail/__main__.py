@@ -1,15 +1,13 @@
 """Runs one request of `pyrl.tasks.code.sandbox`; see `supervisor`."""
 
 import gc
+import importlib
 import os
 import sys
 
-_HERE = sys.path[0]  # this folder, as it was run
-sys.path[0] = os.path.dirname(os.path.abspath(_HERE))
-__package__ = "jail"  # PEP 366: the relative import below finds the folder, not pyrl
-
-from . import supervisor  # noqa: E402
-
+# The folder above this one, for as long as it takes to find this one as a package: not pyrl's.
+sys.path[0] = os.path.dirname(os.path.abspath(sys.path[0]))
+supervisor = importlib.import_module("jail.supervisor")
 sys.path.pop(0)
 gc.freeze()  # forks share the pages of what exists by now
 program = supervisor.main(sys.argv[1])
