@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pyrl.tasks.code.sandbox import LocalSandbox, SandboxError
 from pyrl.trainer.tracking import package_versions, source_commit
 
 PACKAGES = (
@@ -68,6 +69,7 @@ def collect() -> dict[str, Any]:
             "pyrl/_C_cuda (CUDA kernels)": _native.cuda_reason(),
             "pyrl/_host (planners)": _native.host_reason(),
         },
+        "sandbox": _sandbox(),
         "tools": {name: _tool(name, flag) for name, flag in TOOLS.items()},
         "environment": {
             name: {"value": os.environ.get(name), "default": default, "meaning": meaning}
@@ -149,6 +151,14 @@ def _cuda(torch: Any) -> dict[str, Any]:
     return report
 
 
+def _sandbox() -> str:
+    """What the task `code` runs programs in, or why it cannot."""
+    try:
+        return LocalSandbox().isolation()
+    except SandboxError as error:
+        return f"no: {error}"
+
+
 def _tool(name: str, flag: str) -> str | None:
     """The line of `name --version` that holds the version, or None where it is not on the PATH."""
     path = shutil.which(name)
@@ -194,6 +204,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         ("cpu", f"{cpu['model']}, {cores}, {cpu['torch_threads']} torch threads"),
         ("isa", f"{' '.join(cpu['isa']) or 'unknown'} (torch: {cpu['torch_capability']})"),
         ("memory", gib),
+        ("sandbox", report["sandbox"]),
     ]
     for i, device in enumerate(cuda["devices"]):
         rows.append(

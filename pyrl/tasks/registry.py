@@ -17,6 +17,7 @@ from pyrl.tasks.worker import describe
 
 #: name → "module:Class", imported on first use. A new built-in task is one row here.
 TASKS = {
+    "code": "pyrl.tasks.code:Code",
     "ifeval": "pyrl.tasks.ifeval:IFEval",
     "instructions": "pyrl.tasks.instructions:Instructions",
     "letters": "pyrl.tasks.letters:Letters",
