@@ -1,13 +1,13 @@
 """What scoring adds to a training step: SmolLM2-135M on a mixture of code, mathematics and STEM.
 
-Four arms with the same samples, token for token: the reward is a hash of the completion in all of
-them, and `work` says what is done before it is returned. Steps of the arms are taken in turn, so
-that a busy machine is busy for all of them; the median over steps is compared.
+Three arms with the same samples, token for token: the reward is a hash of the completion in all of
+them, and the arms differ in what is done before it is returned. Steps of the arms are taken in
+turn, so that a busy machine is busy for all of them; each arm's step is compared with the same step
+of the first.
 
   none      the hash alone, in the training process: what a step costs without scoring
   overlap   the domain's own scoring in worker processes, while sampling goes on
   after     the same, begun when the last completion is sampled
-  here      the same work in the training process, while sampling stands still (not for code)
 
     python benchmarks/scoring_overlap.py [--steps 8] [--out FILE]
 """
@@ -15,26 +15,27 @@ that a busy machine is busy for all of them; the median over steps is compared.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import hashlib
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pyrl.tasks import Mixture, get_task
 from pyrl.trainer.config import Config
 from pyrl.trainer.console import Console
 from pyrl.trainer.loop import sync, train_step
 from pyrl.trainer.session import Session
+from pyrl.trainer.tracking import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("code", "mathematics", "stem")
 ARMS = ("none", "overlap", "after")
+#: Runs every test of a problem to its end.
+PROGRAM = "```python\nimport sys\nfor line in sys.stdin:\n    print(line)\n```"
 
 
 class Hashed:
@@ -52,10 +53,8 @@ class Hashed:
 
     def score(self, prompt: Any, completion: str) -> float:
         if self.work:
-            # What the base model writes rarely holds a program; every second one gets one.
-            text = completion
-            if prompt.domain == "code" and len(completion) % 2:
-                text = f"```python\nprint(input())\n{'x = 1' * 1}\n```"
+            # The base model rarely writes a program, so that code would cost nothing.
+            text = PROGRAM if prompt.domain == "code" else completion
             self.mixture.score(prompt, text)
         return hashlib.blake2b(completion.encode(), digest_size=1).digest()[0] / 255
 
@@ -90,53 +89,55 @@ class Late:
         return groups
 
 
-def measure(steps: int) -> dict[str, Any]:
-    import contextlib
-    import dataclasses
-
+def measure(steps: int) -> dict[str, list[dict[str, float]]]:
+    """Of every arm and step, the first left out: seconds, and those of phase `score`."""
     rows: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         sessions = {}
         for arm in ARMS:
-            console = Console(steps, stream=open("/dev/null", "w"))  # noqa: SIM115
             session = stack.enter_context(
-                Session.open(config(arm != "none", steps), Path(folder) / arm,
-                             resume=False, console=console)
+                Session.open(config(arm != "none", steps + 1), Path(folder) / arm, resume=False,
+                             console=Console(steps, quiet=True))
             )  # fmt: skip
             if arm == "after":
-                session.parts = dataclasses.replace(
-                    session.parts, engine=Late(session.parts.engine)
-                )
+                late: Any = Late(session.parts.engine)
+                session.parts = dataclasses.replace(session.parts, engine=late)
             sync(session, 0)
             sessions[arm] = session
-        for step in range(steps):
+        for step in range(steps + 1):
             for arm in ARMS[step % len(ARMS) :] + ARMS[: step % len(ARMS)]:
                 session = sessions[arm]
                 session.enter_step()
                 begin = time.perf_counter()
                 train_step(session)
                 rows[arm].append({"seconds": time.perf_counter() - begin})
-    return {arm: [row["seconds"] for row in found] for arm, found in rows.items()}
+        for arm in ARMS:
+            metrics = [json.loads(x) for x in (Path(folder) / arm / "metrics.jsonl").open()]
+            for row, logged in zip(rows[arm], metrics, strict=True):
+                row["score"] = logged["seconds_score"]
+                row["nan_rewards"] = logged["nan_rewards"]
+    return {arm: found[1:] for arm, found in rows.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="appends a JSON line")
     args = parser.parse_args()
-    seconds = measure(args.steps)
-    base = statistics.median(seconds["none"][1:])
-    for arm, found in seconds.items():
-        middle = statistics.median(found[1:])
-        print(f"{arm:8} {middle:7.3f} s a step  {100 * (middle / base - 1):+6.2f} %")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    rows = measure(args.steps)
+    added = {}
+    for arm, found in rows.items():
+        pairs = zip(found, rows["none"], strict=True)
+        added[arm] = statistics.median(a["seconds"] / b["seconds"] - 1 for a, b in pairs)
+        seconds = statistics.median(row["seconds"] for row in found)
+        waited = statistics.median(row["score"] for row in found)
+        print(f"{arm:8} {seconds:7.3f} s a step, of which {waited:.3f} s waiting for scores  "
+              f"{100 * added[arm]:+6.2f} %")  # fmt: skip
     if args.out:
-        args.out.write_text(json.dumps({
-            "commit": commit, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "steps": args.steps, "seconds": seconds}, indent=1) + "\n")  # fmt: skip
+        record = {**provenance(), "steps": args.steps, "added": added, "rows": rows}
+        with args.out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

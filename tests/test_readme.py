@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyrl.cli import _parser, _prepared
+from pyrl.tasks import get_task, task_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,3 +66,16 @@ def test_links_lead_somewhere(file):
     path = ROOT / file
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         assert target.startswith("http") or (path.parent / target).is_file(), target
+
+
+def test_ten_lines_are_a_task_and_the_tasks_that_ship_are_listed(tmp_path, capsys):
+    own, shown = blocks("python", "docs/rewards.md")
+    (tmp_path / "capitals.py").write_text(own)
+    task = get_task(f"{tmp_path}/capitals.py:Capitals")
+    assert len(own.splitlines()) < 20
+    prompt = task.prompts("train")[0]
+    assert task.score(prompt, f"It is {prompt.data['city']}.") == 1 and task.score(prompt, "") == 0
+    exec(compile(shown, "rewards.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.startswith("[")
+    page = (ROOT / "docs/rewards.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(task_names())

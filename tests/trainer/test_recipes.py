@@ -18,7 +18,7 @@ SMALL = {
     "budget": {"pilot_samples": 2, "steps": 2, "accept": 0.3},
     "reward": {"overlong_buffer": 3, "cosine_on": 1, "cosine_off": 1},
     "train": {"steps": 2, "updates_per_step": 2, "tokens_per_row": 256, "threads": 1},
-    "eval": {"prompts": 4, "samples": 2, "every": 1},
+    "eval": {"prompts": 5, "samples": 2, "every": 1},
     "tracking": {"samples_per_step": 1},
 }
 
