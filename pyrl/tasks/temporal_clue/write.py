@@ -93,7 +93,8 @@ def write(
     with open(part, "wb") as file:
         file.writelines(r.line() for r in earlier)
         file.flush()
-        with _Seeds(workers, level, deadline, following) as seeds:
+        useful = min(workers, max(count - progress.puzzles, 1))
+        with _Seeds(useful, level, deadline, following) as seeds:
             barren = 0
             while progress.puzzles < count:
                 made = seeds.next(count - progress.puzzles)
