@@ -12,13 +12,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
+
+from pyrl.tasks.worker import describe
 
 #: Seconds between looks at whether a silent process still lives: what it has started may hold its
 #: end of the pipe open.
@@ -70,12 +72,13 @@ class Pool:
         startup: float,
         waiting: int = 1024,
     ) -> None:
-        self.deadline, self.startup = deadline, startup
-        self._serve, self._args = serve, args
-        self._context = multiprocessing.get_context("spawn")
-        self._calls: queue.Queue[tuple[Future[Any], tuple[Any, ...]] | None] = queue.Queue(waiting)
+        self.deadline, self.startup, self.waiting = deadline, startup, waiting
+        self.serve, self.args = serve, args
+        self.context = multiprocessing.get_context("spawn")
+        self.ready: Future[None] = Future()
+        self._calls: deque[tuple[Future[Any], tuple[Any, ...]]] = deque()
+        self._changed = threading.Condition()
         self._closed = threading.Event()
-        self._ready: Future[None] = Future()
         self._slots = [_Slot(self) for _ in range(workers)]
         self._threads = [
             threading.Thread(target=target, daemon=True, name="pyrl scoring")
@@ -84,41 +87,56 @@ class Pool:
         for thread in self._threads:
             thread.start()
         try:
-            self._ready.result()
+            self.ready.result()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closed.is_set()
+
     def submit(self, *call: Any) -> Future[Any]:
         """A future of the call's answer, or of `CallLost`. ValueError after `close`."""
         future: Future[Any] = Future()
-        while not self._closed.is_set():
-            with contextlib.suppress(queue.Full):
-                self._calls.put((future, call), timeout=1.0)
-                return future
-        raise ValueError("the pool is closed")
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or len(self._calls) < self.waiting)
+            if self.closed:
+                raise ValueError("the pool is closed")
+            self._calls.append((future, call))
+            self._changed.notify_all()
+        return future
+
+    def next_call(self) -> tuple[Future[Any], tuple[Any, ...]] | None:
+        """The call that has waited longest, when there is one; None when the pool is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or len(self._calls) > 0)
+            if self.closed:
+                return None
+            self._changed.notify_all()
+            return self._calls.popleft()
 
     def close(self) -> None:
         """Kills the processes, also in the middle of a call; what is open gets `CallLost`."""
-        self._closed.set()
+        with self._changed:
+            self._closed.set()
+            open_calls = list(self._calls)
+            self._calls.clear()
+            self._changed.notify_all()
+        for future, _ in open_calls:
+            future.set_exception(CallLost(STOPPED))
         for slot in self._slots:
             slot.kill()
-        for _ in self._slots:
-            self._calls.put(None)
         for thread in self._threads:
             thread.join()
-        with contextlib.suppress(queue.Empty):  # a `submit` at the same moment
-            while (job := self._calls.get_nowait()) is not None:
-                job[0].set_exception(CallLost(STOPPED))
 
     def _watch(self) -> None:
         """Kills what is overdue. A thread of its own, because sending to a process that does not
         read may block as well."""
         while not self._closed.wait(min(self.deadline / 20, 0.1)):
             for slot in self._slots:
-                if slot.due <= time.monotonic():
-                    slot.overdue = True
-                    slot.kill()
+                slot.kill_if_overdue()
 
 
 class _Slot:
@@ -126,42 +144,59 @@ class _Slot:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.due = math.inf
-        """When the present call must have ended, by the monotonic clock."""
-        self.overdue = False
         self.process: Any = None
         self.pipe: Any = None
+        self._lock = threading.Lock()
+        self._due = math.inf
+        """When the present call must have ended, by the monotonic clock."""
+        self._overdue = False
 
     def run(self) -> None:
-        """Serves calls until the pool is closed."""
+        """Serves calls until the pool is closed. Every call is answered, whatever goes wrong."""
         pool = self.pool
         try:
             self._start()
-        except NoProcess as error:
-            _settle(pool._ready, error)
-        else:
-            _settle(pool._ready, None)
-        while True:
-            job = pool._calls.get()
-            if job is None:
-                break
+            _settle(pool.ready, None)
+        except BaseException as error:  # noqa: BLE001  else `Pool` would wait for ever
+            _settle(pool.ready, error)
+        while (job := pool.next_call()) is not None:
             future, call = job
             try:
-                for left in reversed(range(STARTS)):
-                    if pool._closed.is_set():
-                        raise CallLost(STOPPED)
-                    try:
-                        self._start()
-                        break
-                    except NoProcess:  # killed from outside, perhaps
-                        if left == 0:
-                            raise
-                answer = self._call(call)
+                future.set_result(self._answer(call))
             except CallLost as error:
                 future.set_exception(error)
-            else:
-                future.set_result(answer)
+            except BaseException as error:  # noqa: BLE001  else nobody would serve what follows
+                future.set_exception(CallLost(f"could not be computed: {describe(error)}"))
+                self._end()
         self._end()
+
+    def _answer(self, call: tuple[Any, ...]) -> Any:
+        for left in reversed(range(STARTS)):
+            if self.pool.closed:
+                raise CallLost(STOPPED)
+            try:
+                self._start()
+                break
+            except NoProcess:  # killed from outside, perhaps
+                if left == 0:
+                    raise
+        try:
+            message = pickle.dumps(call)
+        except BaseException as error:  # noqa: BLE001  whatever an object's own code raises
+            raise CallLost(f"cannot be sent to its process: {describe(error)}") from None
+        try:
+            with self._limit(self.pool.deadline):
+                self.pipe.send_bytes(message)
+                answer = self._receive()
+        except (EOFError, OSError):
+            lost = CallLost(self._ending())
+            if self._overdue:
+                lost = Overdue(f"took longer than its {self.pool.deadline:g} s")
+            self._end()
+            raise lost from None
+        if self._overdue:  # it answered while it was being killed
+            self._end()
+        return answer
 
     def _start(self) -> None:
         """Makes sure that there is a process that can work."""
@@ -169,49 +204,50 @@ class _Slot:
             return
         self._end()
         pool = self.pool
-        self.pipe, theirs = pool._context.Pipe()
-        # A daemon: it ends with this process, even if nobody calls `close`.
-        process = pool._context.Process(target=pool._serve, args=(theirs, *pool._args), daemon=True)
         try:
-            process.start()
+            self.pipe, theirs = pool.context.Pipe()
+            # A daemon: it ends with this process, even if nobody calls `close`.
+            process = pool.context.Process(
+                target=pool.serve, args=(theirs, *pool.args), daemon=True
+            )
+            try:
+                process.start()
+            finally:
+                theirs.close()
         except (OSError, RuntimeError) as error:
             raise NoProcess(str(error)) from error
-        finally:
-            theirs.close()
         self.process = process
-        if pool._closed.is_set():  # `close` may have looked for a process before there was one
+        if pool.closed:  # `close` may have looked for a process before there was one
             self.kill()
-        self.overdue, self.due = False, time.monotonic() + pool.startup
         try:
-            problem = self._receive()
+            with self._limit(pool.startup):
+                problem = self._receive()
         except (EOFError, OSError):
-            late = self.overdue
+            late = self._overdue
             why = f"none started within {pool.startup:g} s" if late else f"it {self._ending()}"
             self._end()
             raise NoProcess(why) from None
-        finally:
-            self.due = math.inf
         if problem is not None:
             self._end()
             raise NoProcess(problem, problem)
 
-    def _call(self, call: tuple[Any, ...]) -> Any:
+    @contextlib.contextmanager
+    def _limit(self, seconds: float) -> Iterator[None]:
+        """The process is killed if what is inside takes longer."""
+        with self._lock:
+            self._overdue, self._due = False, time.monotonic() + seconds
         try:
-            message = pickle.dumps(call)
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
-            raise CallLost(f"cannot be sent to its process: {error}") from None
-        self.overdue, self.due = False, time.monotonic() + self.pool.deadline
-        try:
-            self.pipe.send_bytes(message)
-            return self._receive()
-        except (EOFError, OSError):
-            lost = CallLost(self._ending())
-            if self.overdue:
-                lost = Overdue(f"took longer than its {self.pool.deadline:g} s")
-            self._end()
-            raise lost from None
+            yield
         finally:
-            self.due = math.inf
+            with self._lock:
+                self._due = math.inf
+
+    def kill_if_overdue(self) -> None:
+        """The watch's; it cannot hit a later call."""
+        with self._lock:
+            if self._due <= time.monotonic():
+                self._overdue = True
+                self.kill()
 
     def _receive(self) -> Any:
         """EOFError when the process has ended without an answer."""
@@ -239,15 +275,16 @@ class _Slot:
             process.kill()
 
     def _end(self) -> None:
-        if self.process is None:
-            return
-        self.kill()
-        self.process.join()
-        self.pipe.close()
+        process, pipe = self.process, self.pipe
+        if process is not None:
+            self.kill()
+            process.join()
+        if pipe is not None:
+            pipe.close()
         self.process = self.pipe = None
 
 
-def _settle(future: Future[None], error: Exception | None) -> None:
+def _settle(future: Future[None], error: BaseException | None) -> None:
     """The first of several outcomes."""
     if not future.done():
         with contextlib.suppress(InvalidStateError):

@@ -224,6 +224,18 @@ class Scoreless:
 not_a_class = 3
 
 
+class Writer(Good):
+    """Writes into whatever its process has open."""
+
+    def score(self, prompt, completion):
+        for descriptor in range(3, 30) if completion == "write" else ():
+            try:
+                os.write(descriptor, b"\0\0\0\x08garbage!")
+            except OSError:
+                continue
+        return 1.0
+
+
 class Number(Good):
     """The reward is the number that the completion says."""
 

@@ -1,6 +1,8 @@
 """The processes behind `Scorer`: nothing that happens to them loses more than a call."""
 
+import contextlib
 import math
+import multiprocessing.context
 import os
 import random
 import signal
@@ -10,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pyrl.tasks import Scorer, get_task, pool, scoring
+from pyrl.tasks import Scorer, get_task, pool, scoring, user_prompt
 
 OWN = Path(__file__).with_name("own_tasks.py")
 
@@ -116,10 +118,54 @@ def test_a_process_stopped_by_a_signal_is_overdue():
         assert scorer.score([(prompt, "fine")])[0].reward == 0.5
 
 
-def test_an_item_that_cannot_travel_costs_itself(numbers):
-    from pyrl.tasks import user_prompt
+class Reluctant:
+    def __reduce__(self):
+        raise ZeroDivisionError("not me")
 
-    odd = user_prompt("odd", "x", call=lambda: 0)
+
+@pytest.mark.parametrize("value", [lambda: 0, Reluctant()])
+def test_an_item_that_cannot_travel_costs_itself(numbers, value):
+    odd = user_prompt("odd", "x", value=value)
     with Scorer(numbers) as scorer:
         lost, kept = scorer.score([(odd, "1"), (numbers.prompts("train")[0], "2")])
     assert "cannot be sent to its process" in lost.error and kept.reward == 2
+
+
+def test_a_reward_that_writes_into_the_pipe_costs_itself():
+    task = get_task(f"{OWN}:Writer")
+    prompt = task.prompts("train")[0]
+    with Scorer(task, deadline=3.0) as scorer:
+        lost, kept = scorer.score([(prompt, "write"), (prompt, "fine")])
+    assert math.isnan(lost.reward) and lost.error and kept.reward == 1
+
+
+def test_no_pipe_to_a_process_is_an_error_of_the_run(numbers, monkeypatch):
+    def refused(*args):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Pipe", refused)
+    with Scorer(numbers) as scorer, pytest.raises(RuntimeError, match="Too many open files"):
+        scorer.score([(numbers.prompts("train")[0], "1")])
+
+
+def test_submit_against_close_loses_nothing(numbers, monkeypatch):
+    """Each call is refused or answered."""
+    monkeypatch.setattr(scoring, "WAITING", 2)
+    prompt = numbers.prompts("train")[0]
+    found, scorer = [], Scorer(numbers)
+
+    def work():
+        with contextlib.suppress(ValueError):
+            while True:
+                found.append(scorer.submit(prompt, "1"))
+
+    scorer.score([(prompt, "1")])
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while len(found) < 200:
+        found[-1:] and found[-1].result()
+    scorer.close()
+    for thread in threads:
+        thread.join()
+    assert all(one.future.done() for one in found)
