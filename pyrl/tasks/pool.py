@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from pyrl.tasks.worker import describe
+from pyrl.tasks.worker import check_not_in_script, describe
 
 #: Seconds between looks at whether a silent process still lives: what it has started may hold its
 #: end of the pipe open.
@@ -28,6 +29,16 @@ LOOK = 0.2
 
 #: Processes that may end while they start before a call is given up for it.
 STARTS = 3
+
+#: A new interpreter's program: the parent's import path first, everything else is `worker.main`'s.
+BOOT = """\
+import pickle, sys
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv[1]))
+sys.path[:] = pickle.loads(pipe.recv_bytes())
+from pyrl.tasks.worker import main
+main(pipe, int(sys.argv[2]))
+"""
 
 STOPPED = "was not computed: the processes were stopped"
 
@@ -51,9 +62,10 @@ class NoProcess(CallLost):
 class Pool:
     """`submit(*call)` is a future of what `serve`'s process answers to `call`.
 
-    serve(connection, *args): the main function of a process (spawned, not forked: a fork of a
-    process with torch's threads may deadlock). It sends None, or a text that says why it cannot
-    work, and then an answer to every call it receives; it leads a process group of its own.
+    serve(connection, *args): the main function of a process, which is a new interpreter: a fork of
+    a process with torch's threads may deadlock. It sends None, or a text that says why it cannot
+    work, and then an answer to every call it receives. main: it also needs classes that are defined
+    in the script of this process, and so runs that script again, with all that it imports.
 
     A call that outlives `deadline` seconds, or whose process ends, gets `CallLost`; the process is
     killed with its group, and another one started for the next call. At most `waiting` calls are in
@@ -71,10 +83,12 @@ class Pool:
         deadline: float,
         startup: float,
         waiting: int = 1024,
+        main: bool = False,
     ) -> None:
         self.deadline, self.startup, self.waiting = deadline, startup, waiting
-        self.serve, self.args = serve, args
-        self.context = multiprocessing.get_context("spawn")
+        check_not_in_script()
+        again = script() if main else None
+        self.orders = pickle.dumps(sys.path), pickle.dumps((sys.argv, again, serve, args))
         self.ready: Future[None] = Future()
         self._calls: deque[tuple[Future[Any], tuple[Any, ...]]] = deque()
         self._changed = threading.Condition()
@@ -146,6 +160,7 @@ class _Slot:
         self.pool = pool
         self.process: Any = None
         self.pipe: Any = None
+        self.lifeline: int | None = None
         self._lock = threading.Lock()
         self._due = math.inf
         """When the present call must have ended, by the monotonic clock."""
@@ -200,20 +215,22 @@ class _Slot:
 
     def _start(self) -> None:
         """Makes sure that there is a process that can work."""
-        if self.process is not None and self.process.is_alive():
+        if self.process is not None and self.process.poll() is None:
             return
         self._end()
         pool = self.pool
         try:
-            self.pipe, theirs = pool.context.Pipe()
-            # A daemon: it ends with this process, even if nobody calls `close`.
-            process = pool.context.Process(
-                target=pool.serve, args=(theirs, *pool.args), daemon=True
-            )
+            self.pipe, theirs = multiprocessing.Pipe()
+            # It ends when nobody holds the other end of its lifeline, which only this process does.
+            line, self.lifeline = os.pipe()
             try:
-                process.start()
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", BOOT, str(theirs.fileno()), str(line)],
+                    pass_fds=(theirs.fileno(), line), stdin=subprocess.DEVNULL,
+                )  # fmt: skip
             finally:
                 theirs.close()
+                os.close(line)
         except (OSError, RuntimeError) as error:
             raise NoProcess(str(error)) from error
         self.process = process
@@ -221,6 +238,8 @@ class _Slot:
             self.kill()
         try:
             with self._limit(pool.startup):
+                for order in pool.orders:
+                    self.pipe.send_bytes(order)
                 problem = self._receive()
         except (EOFError, OSError):
             late = self._overdue
@@ -251,37 +270,53 @@ class _Slot:
 
     def _receive(self) -> Any:
         """EOFError when the process has ended without an answer."""
-        wait = multiprocessing.connection.wait
-        while not wait([self.pipe, self.process.sentinel], LOOK):
-            if not self.process.is_alive():
-                break
-        if not self.pipe.poll():
-            raise EOFError
+        while not self.pipe.poll(LOOK):
+            if self.process.poll() is not None and not self.pipe.poll():
+                raise EOFError
         return pickle.loads(self.pipe.recv_bytes())
 
     def _ending(self) -> str:
-        self.process.join(1.0)
-        return f"ended its process: exit code {self.process.exitcode}"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
+        return f"ended its process: exit code {self.process.returncode}"
 
     def kill(self) -> None:
         """The process and what it has started. May be called from any thread."""
         process = self.process
-        if process is None or process.pid is None:
+        if process is None:
             return
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(ValueError):  # closed meanwhile
-            process.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # before it leads its group
 
     def _end(self) -> None:
-        process, pipe = self.process, self.pipe
+        process, pipe, lifeline = self.process, self.pipe, self.lifeline
+        self.process = self.pipe = self.lifeline = None
         if process is not None:
-            self.kill()
-            process.join()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.wait()
         if pipe is not None:
             pipe.close()
-        self.process = self.pipe = None
+        if lifeline is not None:
+            os.close(lifeline)
+
+
+def script() -> dict[str, str]:
+    """How the script that this process runs is run again, as `multiprocessing.spawn` takes it.
+    ValueError when it has no file: a notebook, an interactive session."""
+    found = sys.modules["__main__"]
+    name = getattr(getattr(found, "__spec__", None), "name", None)
+    if name is not None:
+        return {"init_main_from_name": name}
+    path = getattr(found, "__file__", None)
+    if path is None or not os.path.isfile(path):
+        raise ValueError(
+            "what is defined in an interactive session cannot be sent to another process: put the "
+            "task's class into a file, or set `trusted = True` on it if scoring cannot hang"
+        )
+    return {"init_main_from_path": os.path.abspath(path)}
 
 
 def _settle(future: Future[None], error: BaseException | None) -> None:

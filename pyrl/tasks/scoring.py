@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from pyrl.tasks import worker
-from pyrl.tasks.pool import CallLost, NoProcess, Pool
+from pyrl.tasks.pool import CallLost, NoProcess, Pool, script
 from pyrl.tasks.protocol import Prompt, Task
 from pyrl.tasks.registry import loaded_files
 
@@ -71,7 +71,8 @@ class Scorer:
 
     A task runs in `workers` processes of its own, which can be killed; they start on the first
     call, are replaced when they die, and end with `close()`, or with this process however that
-    ends. Processes are spawned, not forked: a fork of a process with torch's threads may deadlock.
+    ends. They are new interpreters that load the task and nothing else; only a task that is defined
+    in the script itself makes them run it again, so that it needs a main guard.
     What a reward prints is discarded. A task that declares `trusted = True` (pure, bounded code,
     such as this package's own string checks) is called right here instead: a process adds nothing
     where nothing can hang, and costs a copy of every completion.
@@ -93,6 +94,9 @@ class Scorer:
         self.has_answers = callable(getattr(task, "answer", None))
         self._in_process = getattr(task, "trusted", False) is True
         self._payload = b"" if self._in_process else _pickled(task)
+        self._main = b"__main__" in self._payload
+        if self._main:
+            script()  # raises where there is none
         self._pool: Pool | None = None
         self._starting = threading.Lock()
         self._closed = False
@@ -183,14 +187,10 @@ class Scorer:
                     deadline=self._deadline,
                     startup=self._startup,
                     waiting=WAITING,
+                    main=self._main,
                 )
             except NoProcess as error:
-                if error.problem is not None:
-                    raise RuntimeError(f"a scoring process cannot work: {error.problem}") from None
-                raise RuntimeError(
-                    f"scoring cannot start: the reward {error}. A script that trains must do so "
-                    "under `if __name__ == '__main__':`, because a scoring process imports it again"
-                ) from error
+                raise RuntimeError(f"scoring cannot start: the reward {error}") from None
             return self._pool
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import multiprocessing.connection
+import multiprocessing.spawn
 import numbers
 import os
 import pickle
 import reprlib
 import signal
 import struct
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -22,13 +23,39 @@ from pyrl.tasks.protocol import Prompt, Task
 ERROR_LENGTH = 500
 
 _task: Task | None = None
+_runs_script = False
 _problem: str | None = "the process was not started by pyrl.tasks.scoring"
+
+
+def main(pipe: Connection, lifeline: int) -> None:
+    """A process of `pool.Pool`: (arguments of the parent, its script or None, serve, args) come
+    first, and then `serve(pipe, *args)` works."""
+    global _runs_script
+    _lead_group(lifeline)
+    try:
+        sys.argv[:], script, serve, args = pickle.loads(pipe.recv_bytes())
+        if script is not None:
+            _runs_script = True
+            multiprocessing.spawn.prepare(script)
+            _runs_script = False
+    except BaseException as error:  # noqa: BLE001  said to the parent, which gives up
+        pipe.send(f"it could not begin: {describe(error)}")
+        return
+    serve(pipe, *args)
+
+
+def check_not_in_script() -> None:
+    """RuntimeError while a scoring process runs the parent's script, which would start others."""
+    if _runs_script:
+        raise RuntimeError(
+            "a script that defines its task and scores must do the latter under "
+            "`if __name__ == '__main__':`, because a scoring process imports it"
+        )
 
 
 def start(payload: bytes, files: dict[str, str]) -> None:
     """Prepares the process and loads the task; a failure is kept."""
     global _task, _problem
-    lead_group()
     _silence()
     try:
         from pyrl.tasks.registry import load_file
@@ -133,31 +160,23 @@ def describe(error: BaseException) -> str:
     return text + place
 
 
-def lead_group() -> None:
+def _lead_group(lifeline: int) -> None:
     """A session of its own: Ctrl-C in the terminal is the parent's, and a kill reaches what the
-    process has started as well. Ends with its parent, however that ends."""
-    _die_with_parent()
-    if not hasattr(os, "setsid"):
-        return
+    process has started as well. Ends with its parent, however that ends: then nobody holds the
+    other end of the lifeline."""
     os.setsid()
     signal.signal(signal.SIGTERM, lambda *_: _kill_group())
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            os.read(lifeline, 1)
+        _kill_group()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _kill_group() -> None:
     os.killpg(0, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    """Waits in a thread for the parent's end, so that even SIGKILL of a run leaves nothing."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        _kill_group() if hasattr(os, "killpg") else os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _silence() -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-import multiprocessing.context
+import multiprocessing
 import os
 import random
 import signal
@@ -143,7 +143,7 @@ def test_no_pipe_to_a_process_is_an_error_of_the_run(numbers, monkeypatch):
     def refused(*args):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(multiprocessing.context.BaseContext, "Pipe", refused)
+    monkeypatch.setattr(multiprocessing, "Pipe", refused)
     with Scorer(numbers) as scorer, pytest.raises(RuntimeError, match="Too many open files"):
         scorer.score([(numbers.prompts("train")[0], "1")])
 

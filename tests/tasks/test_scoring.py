@@ -149,18 +149,55 @@ def test_a_killed_run_leaves_nothing_running(tmp_path):
     assert all(gone(pid) for pid in pids)
 
 
-def test_a_script_without_a_main_guard_gets_an_explanation(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent(f"""
+def run_script(path, text):
+    path.write_text(textwrap.dedent(text))
+    return subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+
+
+def test_a_script_needs_no_main_guard_unless_the_task_is_its_own(tmp_path):
+    done = run_script(tmp_path / "run.py", f"""
         from pyrl.tasks import Scorer, get_task
         task = get_task({f"{OWN}:Good"!r})
-        Scorer(task, startup=10.0).score([(task.prompts("train")[0], "x")])
+        print(Scorer(task).score([(task.prompts("train")[0], "x")])[0].reward)
+        """)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "0.0\n"), done.stderr
+    own = textwrap.dedent("""
+        from pyrl.tasks import Scorer, user_prompt
+
+        class Mine:
+            name = "mine"
+
+            def prompts(self, split):
+                return [user_prompt("a", "b")]
+
+            def score(self, prompt, completion):
+                return 0.5
+
+        def main():
+            task = Mine()
+            print(Scorer(task).score([(task.prompts("train")[0], "x")])[0].reward)
         """)
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "__name__ == '__main__'" in done.stderr
+    guarded = run_script(tmp_path / "a.py", own + "if __name__ == '__main__':\n    main()\n")
+    assert (guarded.returncode, guarded.stdout) == (0, "0.5\n"), guarded.stderr
+    bare = run_script(tmp_path / "b.py", own + "main()\n")
+    assert bare.returncode == 1 and "if __name__ == '__main__'" in bare.stderr
+
+
+def test_standard_input_is_a_script_too(tmp_path):
+    text = f"""
+from pyrl.tasks import Scorer, get_task
+task = get_task({f"{OWN}:Good"!r})
+print(Scorer(task).score([(task.prompts("train")[0], "x")])[0].reward)
+class Mine(type(task)):
+    pass
+Scorer(Mine())
+"""
+    done = subprocess.run([sys.executable, "-"], input=text, capture_output=True, text=True,
+                          timeout=60, cwd=tmp_path)  # fmt: skip
+    assert done.stdout == "0.0\n"
+    assert "interactive session cannot be sent to another process" in done.stderr
 
 
 def test_trusted_tasks_are_scored_right_here():

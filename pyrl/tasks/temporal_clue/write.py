@@ -205,7 +205,6 @@ class _Seeds:
 
 
 def _serve(connection: Connection, make: Callable[[int, str], _Made]) -> None:
-    worker.lead_group()
     worker.answer_calls(connection, make)
 
 
