@@ -51,7 +51,7 @@ def same_text(given: str, expected: str) -> bool:
 
 def same_value(given: Any, expected: Any) -> bool:
     """Equal JSON values: a bool is no number, an expected int is met by exactly its value (1 by 1
-    and 1.0), an expected float within TOLERANCE. Deeper than the interpreter's stack = not equal."""
+    and 1.0), an expected float within TOLERANCE. Deeper than the interpreter's stack = unequal."""
     try:
         return _same(given, expected)
     except (RecursionError, OverflowError):

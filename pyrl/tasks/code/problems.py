@@ -47,8 +47,8 @@ class Problem:
 
 
 def draw(rng: random.Random, level: int, tests: int) -> Problem:
-    """A problem of the level (1 to 3) with `tests` tests, of whose answers few are the same, so that
-    a constant program earns little (see `_inputs`)."""
+    """A problem of the level (1 to 3) with `tests` tests, of whose answers few are the same, so
+    that a constant program earns little (see `_inputs`)."""
     family = rng.choice([f for f in FAMILIES if f.level == level])
     values = {name: rng.randint(*span) for name, span in family.parameters.items()}
     name, style = rng.choice(NAMES), rng.choice(("function", "program"))

@@ -28,7 +28,8 @@ class IFEval:
     the prompt. Generated prompts need at least 15 words (JSON: 6), half of them distinct, that name
     the topic (not in another language), and but for JSON and other languages are English prose as
     its function words tell it, which pseudo-words between enough of these pass too; where JSON or
-    another language is asked for, nothing else is an answer. Rows of `data` only need some words that are not the prompt's.
+    another language is asked for, nothing else is an answer. Rows of `data` only need some words
+    that are not the prompt's.
 
     Prompts are drawn one by one: the i-th is a function of (seed, split, i). No request of one
     split is in the other, and clashing instructions are never together (`kinds.CLASHES`).
