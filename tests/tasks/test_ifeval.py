@@ -1,7 +1,9 @@
 """The task of verifiable instructions: its prompts, its rewards, and rows of Google's form."""
 
 import itertools
+import json
 import pickle
+import random
 import sys
 import types
 from importlib import util
@@ -102,6 +104,25 @@ def test_degenerate_completions_get_nothing():
             *(keywords, keywords * 20, "word " * 200, prompt.text, prompt.text.lower(), "{}"),
         ):
             assert task.score(prompt, text) == 0, (prompt.text, text[:80])
+
+
+def test_gibberish_is_no_answer():
+    rng = random.Random(0)
+    for kind in ("no_commas", "lowercase", "avoid", "sentences_max", "letter_max"):
+        task = IFEval(kinds=[kind], level=1)
+        for prompt in task.prompts("train")[:20]:
+            heap = ["".join(rng.choices("bcdghkmnoprtuy", k=6)) for _ in range(14)]
+            text = " ".join([prompt.data["topic"].lower(), "the of and", *heap]) + "."
+            assert task.score(prompt, text) == 0, text
+
+
+def test_json_names_the_topic():
+    task = IFEval(kinds=["json"], level=1)
+    for prompt in task.prompts("train")[:20]:
+        keys = prompt.data["instructions"][0]["keys"]
+        told = json.dumps(dict.fromkeys(keys, f"All about {prompt.data['topic']} and the old sea"))
+        assert task.score(prompt, told) == 1
+        assert task.score(prompt, told.replace(prompt.data["topic"], "nothing")) == 0
 
 
 def test_hostile_text_is_scored_at_once():

@@ -178,6 +178,7 @@ def test_options():
     assert isinstance(get_task("logic", tasks=["gcd"]), Logic)
     assert not getattr(Logic, "trusted", False)
     assert len(LEVELS) == 95 and len(EXCLUDED) == 11 and set(CURATED) < set(LEVELS)
+    assert len(set(CURATED)) == len(CURATED) == 30
     system = Logic(tasks=["gcd"], system="Think.").prompts("heldout")[0]
     assert system.messages[0] == {"role": "system", "content": "Think."}
     for options, message in (
@@ -228,6 +229,16 @@ def test_findings_still_hold():
                 expected = 0 if "Integral" in own else 1
                 assert gym.score(name, level, copied, own) == expected, (name, level)
         assert len(levels) < 2 or seen[1] != seen[len(levels)], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [1, None])
+def test_no_curated_puzzle_is_won_by_one_answer_to_all(level):
+    for name in CURATED:
+        entries = [gym.entry(name, level, random.Random(i)) for i in range(60)]
+        for text in {solution(e) for e in entries[:20]} | {"0", "1", "infeasible"}:
+            paid = sum(gym.score(name, level, e, text) for e in entries[20:]) / 40
+            assert paid <= 0.4, (name, text)
 
 
 @pytest.mark.slow

@@ -29,8 +29,20 @@ PERFECT = "A. Ada Thornbury\nB. 11:30 PM\nC. Map Room\nD. Fire Poker"
         ("so A. Ada Thornbury", 0.0, 0.25),  # not a line of its own
         ("A. Ada Thornbury, I think\n**C.** Map Room (surely)", 0.5, 0.25),
         ("A. Ada Thornbury or Hugo Pembroke", 0.0, 0.0),
-        ("A. The Ada Thornbury", 0.0, 0.0),
-        ("A: Ada Thornbury\n(C) Map Room", 0.0, 0.0),
+        ("A. The Ada Thornbury", 0.25, 0.0),
+        ("A: Ada Thornbury\n(C) Map Room", 0.25, 0.0),
+        ("C. the Map Room\nD. the **Fire Poker**", 0.5, 0.0),  # as the clues print them
+        ("C. Other Map Room\nD. theFire Poker", 0.0, 0.0),
+        ("B. 11:30pm", 0.25, 0.0),
+        ("B. 11:30 p.m.", 0.25, 0.0),
+        ("B. 11:30 P. M.", 0.25, 0.0),
+        ("B. 11:30 a.m.", 0.0, 0.0),
+        ("B. 11:30", 0.0, 0.0),
+        ("A) Ada Thornbury\n**D)** the Fire Poker", 0.5, 0.0),
+        (r"C. \boxed{Map Room}", 0.25, 0.0),
+        (r"C. It is $\boxed{\text{the Map Room}}$.", 0.25, 0.0),
+        (r"C. \boxed{Map Room} or \boxed{Attic}", 0.0, 0.0),
+        (r"\boxed{Map Room}", 0.0, 0.0),
         ("<think>A. Hugo Pembroke</think>" + PERFECT, 1.0, 0.75),
         ("<think>" + PERFECT + "</think>\nI do not know.", 0.0, 0.75),
         ("B. １１:３０ PM", 0.0, 0.0),  # digits of another alphabet
@@ -45,7 +57,23 @@ def test_scores(completion, reward, legacy):
 
 
 @pytest.mark.parametrize(
-    "unit", ["A", "A. ", "*", "**A**", "A.*", "\n", "A\n", "A. Ada ", " ", "[A] ", "</think>", "\0"]
+    "unit",
+    [
+        "A",
+        "A. ",
+        "*",
+        "**A**",
+        "A.*",
+        "\n",
+        "A\n",
+        "A. Ada ",
+        " ",
+        "[A] ",
+        "A) ",
+        "\\boxed{",
+        "</think>",
+        "\0",
+    ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_megabyte_is_read_in_linear_time(unit, legacy):

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyrl.tasks.code.sandbox import Call, Outcome
 
-#: Numbers that are not whole may differ by this, relatively or, below 1, absolutely.
+#: From an expected float a number may differ by this, relatively or, below 1, absolutely.
 TOLERANCE = 1e-6
 #: Longer words are no numbers that need a tolerance.
 _LONGEST = 64
@@ -50,8 +50,8 @@ def same_text(given: str, expected: str) -> bool:
 
 
 def same_value(given: Any, expected: Any) -> bool:
-    """Equal JSON values: a bool is no number, 1 is 1.0, and numbers that are not whole are equal
-    within TOLERANCE. Deeper than the interpreter's stack = not equal."""
+    """Equal JSON values: a bool is no number, an expected int is met by exactly its value (1 by 1
+    and 1.0), an expected float within TOLERANCE. Deeper than the interpreter's stack = unequal."""
     try:
         return _same(given, expected)
     except (RecursionError, OverflowError):
@@ -62,7 +62,7 @@ def _same(given: Any, expected: Any) -> bool:
     if isinstance(expected, bool) or isinstance(given, bool):
         return given is expected
     if isinstance(expected, (int, float)) and isinstance(given, (int, float)):
-        if isinstance(expected, int) and isinstance(given, int):
+        if isinstance(expected, int):
             return given == expected
         return _close(float(given), float(expected))
     if isinstance(expected, str) or isinstance(given, str) or expected is None or given is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ class Problem:
 
 
 def draw(rng: random.Random, level: int, tests: int) -> Problem:
-    """A problem of the level (1 to 3) with `tests` tests, whose answers are not all the same."""
+    """A problem of the level (1 to 3) with `tests` tests, of whose answers few are the same, so
+    that a constant program earns little (see `_inputs`)."""
     family = rng.choice([f for f in FAMILIES if f.level == level])
     values = {name: rng.randint(*span) for name, span in family.parameters.items()}
     name, style = rng.choice(NAMES), rng.choice(("function", "program"))
@@ -81,17 +83,26 @@ def _inputs(
     solve: Callable[..., Any],
     count: int,
 ) -> list[tuple[list[Any], Any]]:
-    """`count` different inputs with their answers; where count > 1, not one answer for all."""
+    """`count` different inputs with their answers, of which no answer is that of more than
+    ⌈count/2⌉ inputs where it is a bool, ⌈count/4⌉ otherwise: of an even count, half are True.
+
+    Inputs are drawn again until it holds. Only where 200 draws a test do not do it (parameters may
+    leave few answers) the bound rises to ⌈count/2⌉, then to count - 1.
+    """
     found: dict[str, tuple[list[Any], Any]] = {}
-    for _ in range(200 * count):
-        given = family.draw(rng, values)
-        answer = solve(*given)
-        varied = count == 1 or any(value != answer for _, value in found.values())
-        if len(found) == count - 1 and not varied:
-            continue  # the last one gives another answer than the others
-        found[json.dumps(given)] = (given, answer)
-        if len(found) == count:
-            return list(found.values())
+    times: Counter[str] = Counter()
+    bounds = (-(-count // 4), -(-count // 2), count - 1)
+    for most in bounds[family.result == "bool" :]:
+        for _ in range(200 * count):
+            given = family.draw(rng, values)
+            known, answer = json.dumps(given), solve(*given)
+            kind = json.dumps(answer)
+            if known in found or times[kind] >= max(most, 1):
+                continue
+            found[known] = (given, answer)
+            times[kind] += 1
+            if len(found) == count:
+                return list(found.values())
     raise ValueError(f"{_key(family, values)}: fewer than {count} different inputs can be drawn")
 
 

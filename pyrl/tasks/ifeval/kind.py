@@ -28,8 +28,8 @@ class Kind:
     least: int = FEWEST_WORDS
     """Fewest words of an answer to a generated prompt with this instruction."""
     prose: bool = True
-    """Whether the answer is English prose (`text.is_answer`) that names its topic. If not, it is
-    only an answer when it keeps this instruction."""
+    """Whether the answer is English prose (`text.is_answer`). If not, it is only an answer when it
+    keeps this instruction."""
 
 
 def nothing(rng: random.Random, level: int, request: str) -> dict[str, Any]:

@@ -25,9 +25,11 @@ class IFEval:
     reward = (instructions kept) / (instructions), of the text after the last `</think>`;
     reward="all": 1 if all are kept, else 0. Either is 0 unless the text is an answer at all
     (`text.is_answer`): "no commas" must not pay for an empty text, a heap of words, or a copy of
-    the prompt. Generated prompts need at least 15 words (JSON: 6), half of them distinct, and prose
-    of them that names the topic; where JSON or another language is asked for, nothing else is an
-    answer. Rows of `data` only need some words that are not the prompt's.
+    the prompt. Generated prompts need at least 15 words (JSON: 6), half of them distinct, that name
+    the topic (not in another language), and but for JSON and other languages are English prose as
+    its function words tell it, which pseudo-words between enough of these pass too; where JSON or
+    another language is asked for, nothing else is an answer. Rows of `data` only need some words
+    that are not the prompt's.
 
     Prompts are drawn one by one: the i-th is a function of (seed, split, i). No request of one
     split is in the other, and clashing instructions are never together (`kinds.CLASHES`).
@@ -114,7 +116,6 @@ class IFEval:
         instructions = [{"kind": k, **KINDS[k].draw(rng, level, request)} for k in kinds]
         _separate(rng, instructions, request)
         orders = [KINDS[i["kind"]].wording(i) for i in instructions]
-        prose = all(KINDS[k].prose for k in kinds)
         return Prompt(
             id,
             self._messages(" ".join([request, *orders])),
@@ -122,7 +123,8 @@ class IFEval:
                 "request": request,
                 "instructions": instructions,
                 "least": min(KINDS[k].least for k in kinds),
-                "topic": v.TOPICS[topic] if prose else "",
+                "topic": "" if "language" in kinds else v.TOPICS[topic],
+                "prose": all(KINDS[k].prose for k in kinds),
             },
         )
 
@@ -160,7 +162,7 @@ def _answers(prompt: Prompt, text: str) -> bool:
         elif instruction["kind"] == "replies" and not generated:
             return bool(text)  # the whole answer is one of the given replies
     topic = data.get("topic", "")
-    if not is_answer(text, prompt.text, least=data.get("least", 1), prose=bool(topic)):
+    if not is_answer(text, prompt.text, least=data.get("least", 1), prose=data.get("prose", False)):
         return False
     return not topic or any(word.startswith(topic) for word in words(text))
 

@@ -18,6 +18,8 @@ FEWEST_WORDS = 15
 DISTINCT_SPAN = 60
 #: Texts of prose have at least so many different function words.
 FEWEST_FUNCTION_WORDS = 3
+#: Of their words, at least this share are function words: of ordinary prose nearly half.
+FUNCTION_SHARE = 0.2
 #: Words in a row that count as copied when the prompt has them too.
 COPIED = 5
 
@@ -108,7 +110,8 @@ def is_answer(text: str, prompt: str, *, least: int = 1, prose: bool = False) ->
 
     The text has at least `least` words and at most MOST_CHARACTERS characters, of its first words
     half are distinct (of n ≤ 60: n/2; of more: 30), and less than half of it is the prompt's.
-    prose: it also has three different function words of English, which a heap of words has not.
+    prose: it also has three different function words of English, and they are a fifth of all words.
+    A heap of content words has not; one with enough function words strewn in cannot be told.
     """
     if len(text) > MOST_CHARACTERS:
         return False
@@ -117,6 +120,14 @@ def is_answer(text: str, prompt: str, *, least: int = 1, prose: bool = False) ->
     return (
         len(found) >= max(least, 1)
         and 2 * len(distinct) >= min(len(found), DISTINCT_SPAN)
-        and (not prose or len(distinct & FUNCTION_WORDS) >= FEWEST_FUNCTION_WORDS)
+        and (not prose or _is_english(found))
         and copied(found, words(prompt)) < 0.5
+    )
+
+
+def _is_english(found: list[str]) -> bool:
+    """Enough function words: different ones, and as a share of all."""
+    grammar = [w for w in found if w in FUNCTION_WORDS]
+    return len(set(grammar)) >= FEWEST_FUNCTION_WORDS and len(grammar) >= FUNCTION_SHARE * len(
+        found
     )

@@ -122,10 +122,16 @@ EXCLUDED = {
     "rush_hour": "unchecked: it has no solution of its own",
 }
 
-#: The default: of every category some that are quick to make, short to read, and not won by one
-#: answer to all.
+#: The default: of all categories but code and probability some that are quick to make, short to
+#: read, and won seldom by one answer to all. Over 60 entries of level 1, and of the default
+#: difficulty, the best of the answers to 40 others is paid at most .38 on average (aiw), then .33
+#: (maze) and .32 (family_relationships); .28 or less of all others. Left out, with what it is paid
+#: over 30 entries at the worse of the two: n_queens .73, largest_island .57, polynomial_equations
+#: .56, shortest_path .53, zebra_puzzles .53, self_reference .47, time_intervals .42 (in part for
+#: the form), acre .40, letter_counting .33 (.40 at level 2). Left out too: kakurasu and
+#: letter_jumble, which pay 1 for a right answer with other words beside it; of those here,
+#: knights_knaves does so, and quantum_lock for words before it.
 CURATED = (
-    "acre",
     "aiw",
     "arc_1d",
     "base_conversion",
@@ -140,30 +146,20 @@ CURATED = (
     "cryptarithm",
     "family_relationships",
     "gcd",
-    "kakurasu",
     "knights_knaves",
-    "largest_island",
     "leg_counting",
-    "letter_counting",
-    "letter_jumble",
     "list_functions",
     "maze",
     "mini_sudoku",
-    "n_queens",
     "number_sequence",
     "number_sorting",
-    "polynomial_equations",
     "prime_factorization",
     "quantum_lock",
-    "self_reference",
-    "shortest_path",
     "simple_equations",
     "simple_geometry",
     "spell_backward",
     "spiral_matrix",
     "string_manipulation",
-    "time_intervals",
     "tower_of_hanoi",
     "word_sorting",
-    "zebra_puzzles",
 )

@@ -43,7 +43,7 @@ class Logic:
         seed: int = 0,
         system: str | None = None,
     ) -> None:
-        """tasks: names of puzzles, "curated" (41 quick ones) or "all" (95, see `findings.LEVELS`).
+        """tasks: names of puzzles, "curated" (30 quick ones) or "all" (95, see `findings.LEVELS`).
         level: from 1, the easiest, or several, of which each prompt draws one; a puzzle with fewer
         levels is at its last, one without levels as the package has it. None: the package's default
         difficulty. A stage of a recipe can raise it.

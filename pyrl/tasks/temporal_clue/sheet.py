@@ -1,4 +1,4 @@
-"""How an answer sheet is read and scored: lines `A. answer`, one a question."""
+"""How an answer sheet is read and scored: lines `A. answer` or `A) answer`, one a question."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ LONGEST_ANSWER = 80
 _AROUND = " \t*_`\"'“”‘’()[]{}<>«»"
 _REMARK = re.compile(r"[,;(]")
 _LINE = re.compile(
-    rf"^[{re.escape(_AROUND)}#>|•–-]*([A-Za-z])[{re.escape(_AROUND)}]*\.(.*)$", re.MULTILINE
+    rf"^[{re.escape(_AROUND)}#>|•–-]*([A-Za-z])[{re.escape(_AROUND)}]*[.)](.*)$", re.MULTILINE
 )
+_BOXED = re.compile(r"\\boxed *\{(?:\\text[a-z]* *\{)?([^{}]*)\}")
+_TIME = re.compile(r"([0-9]{1,2}:[0-9]{2}) ?([ap])\.? ?m")
 
 
 def read_sheet(completion: str) -> dict[str, str]:
-    """letter → the answer of its last line `A. answer`, in lower case, without what stands around
-    it (emphasis, code marks, quotes, brackets, a full stop). Thoughts are not read.
+    """letter → the answer of its last line `A. answer` or `A) answer`, as `plain` has it; of a line
+    with `\\boxed{answer}`, what the last box holds. Thoughts are not read.
 
     Linear in the text's length. A line longer than any answer can be answers nothing: "".
     """
     found: dict[str, str] = {}
     for match in _LINE.finditer(after_thinking(completion)):
-        found[match[1].upper()] = plain(match[2])
+        boxed = _BOXED.findall(match[2])
+        found[match[1].upper()] = plain(boxed[-1] if boxed else match[2])
     return found
 
 
 def plain(answer: str) -> str:
-    """One answer as answers are compared: lower case, single spaces, nothing around it, and without
-    a remark after a comma, a semicolon or in brackets."""
+    """One answer as answers are compared: lower case, single spaces, nothing around it (emphasis,
+    code marks, quotes, brackets, a full stop), without a remark after a comma, a semicolon or in
+    brackets, and without a "the" before it; "11:30pm" and "11:30 p.m." are "11:30 pm"."""
     text = answer.lstrip(_AROUND)
     head = _REMARK.split(text, maxsplit=1)[0].rstrip(_AROUND)
     if len(head) > 2 * LONGEST_ANSWER:
         return ""
     words = " ".join(head.replace("’", "'").lower().split())
-    return words.strip(_AROUND + ".:!")[:LONGEST_ANSWER]
+    bare = words.strip(_AROUND + ".:!").removeprefix("the ").lstrip(_AROUND)
+    time = _TIME.fullmatch(bare)
+    return f"{time[1]} {time[2]}m" if time else bare[:LONGEST_ANSWER]
 
 
 def score_sheet(answers: Mapping[str, str], completion: str, *, legacy: bool = False) -> float:
