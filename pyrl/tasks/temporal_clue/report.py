@@ -33,13 +33,18 @@ def figures(records: Sequence[Record]) -> dict[str, Any]:
     }
     for name in (*COUNTS, *SIZES):
         found[name] = _summary([count(r, name) for r in records])
-        if name in PUBLISHED:
+        if name in published(records):
             found[name]["published"] = PUBLISHED[name]
     for name, legacy in (("perfect", False), ("legacy", True)):
         found[name] = statistics.fmean(
             score_sheet(r.answers, perfect_sheet(r.answers), legacy=legacy) for r in records
         )
     return found
+
+
+def published(records: Sequence[Record]) -> dict[str, float]:
+    """The means to compare with; none for puzzles of other sizes."""
+    return PUBLISHED if all(r.level == "published" for r in records) else {}
 
 
 def count(record: Record, name: str) -> int:
@@ -97,7 +102,8 @@ def picture(records: Sequence[Record]) -> bytes:
     figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.14)
     axes = figure.subplots(2, 3)
     for place, name in zip(axes[0], COUNTS, strict=True):
-        _distribution(place, name, [count(r, name) for r in records])
+        theirs = published(records).get(name)
+        _distribution(place, name, [count(r, name) for r in records], theirs)
     _by_suspects(axes[1][0], records)
     _sizes(axes[1][1], records)
     _kinds(axes[1][2], records)
@@ -128,7 +134,7 @@ def _summary(values: Sequence[int]) -> dict[str, float]:
     }
 
 
-def _distribution(axes: Any, name: str, values: Sequence[int]) -> None:
+def _distribution(axes: Any, name: str, values: Sequence[int], theirs: float | None) -> None:
     low, high = min(values), max(values)
     width = max(
         1, math.ceil((high - low + 1) / 28)
@@ -138,8 +144,7 @@ def _distribution(axes: Any, name: str, values: Sequence[int]) -> None:
     mean = statistics.fmean(values)
     shown = f"{mean:,.0f}" if mean >= 1000 else f"{mean:,.1f}"
     axes.axvline(mean, color=DARK, linewidth=1.8, label=f"mean {shown}")
-    if name in PUBLISHED:
-        theirs = PUBLISHED[name]
+    if theirs is not None:
         label = f"published mean {theirs:,g}"
         axes.axvline(theirs, color=THEIRS, linewidth=1.6, linestyle=(0, (4, 2)), label=label)
     _style(axes, {"characters": "Characters of the prompt"}.get(name, name.capitalize()), "puzzles")

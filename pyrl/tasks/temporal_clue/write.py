@@ -21,6 +21,8 @@ STARTUP = 120.0
 
 #: Seeds in a row without a new puzzle after which a level counts as exhausted.
 BARREN = 2000
+#: Seeds in a row that run into the deadline after which it is too short.
+LATE = 20
 #: Processes in a row that end without a result after which it is not the seeds' fault.
 CRASHES = 3
 
@@ -68,10 +70,12 @@ def write(
     What is written depends on neither the number of workers nor on their speed, unless a seed takes
     longer than `deadline` seconds. A seed that does, or that fails, or whose puzzle repeats an
     earlier one, is counted and skipped. The file appears when it is complete. An interrupted call
-    leaves `part_file(...)`, and the same call goes on from there.
+    leaves `part_file(...)`, and the same call goes on from there, as a call for more puzzles goes
+    on from a complete file.
 
-    seen: called after every seed. ValueError for bad arguments, for a part file of something else,
-    and when BARREN seeds in a row give no new puzzle. Crashed when CRASHES processes in a row end.
+    seen: called after every seed. ValueError for bad arguments, for a file of something else or of
+    more puzzles, and when BARREN seeds in a row give no new puzzle, or LATE none in time. Crashed
+    when CRASHES processes in a row end.
     """
     for name, number in (("count", count), ("workers", workers)):
         if number < 1:
@@ -85,7 +89,12 @@ def write(
     if target.is_dir():
         raise ValueError(f"{target} is a folder; expected a file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
-    earlier = _resumed(part, seed, level)[:count]
+    earlier = _resumed(target, seed, level, "name another file")
+    if len(earlier) > count:
+        raise ValueError(
+            f"{target} has {len(earlier)} puzzles already; name another file for fewer"
+        )
+    earlier = max(earlier, _resumed(part, seed, level, "delete the file")[:count], key=len)
     keys = {r.key for r in earlier}
     progress = Progress(puzzles=len(earlier), resumed=len(earlier))
     start = time.monotonic()
@@ -95,10 +104,11 @@ def write(
         file.flush()
         useful = min(workers, max(count - progress.puzzles, 1))
         with _Seeds(useful, level, deadline, following) as seeds:
-            barren = 0
+            barren = late = 0
             while progress.puzzles < count:
                 made = seeds.next(count - progress.puzzles)
                 barren += 1
+                late = late + 1 if made.late else 0
                 if made.line is None:
                     progress.late += made.late
                     progress.failed += not made.late
@@ -113,6 +123,8 @@ def write(
                     barren = 0
                 progress.seconds = time.monotonic() - start
                 seen(progress)
+                if late >= LATE:
+                    raise ValueError(f"deadline={deadline:g}: too short for {LATE} seeds in a row")
                 if barren >= BARREN:
                     raise ValueError(
                         f"level {level!r}: no new puzzle in {BARREN} seeds after "
@@ -139,10 +151,13 @@ def check_generator(level: str) -> None:
         raise ValueError('no package ortools, which makes the puzzles: pip install "pyrl[tasks]"')
 
 
-def _resumed(part: Path, seed: int, level: str) -> list[Record]:
-    if not part.is_file():
+def _resumed(part: Path, seed: int, level: str, advice: str) -> list[Record]:
+    """The whole puzzles that the file has, which must be those of this call."""
+    if not part.exists():
         return []
     content = part.read_bytes()
+    if content and b"\n" not in content:
+        raise ValueError(f"{part} is no file of puzzles; {advice}")
     lines = content[: content.rfind(b"\n") + 1].splitlines()  # the last may be half written
     found: list[Record] = []
     for number, line in enumerate(lines, start=1):
@@ -151,7 +166,7 @@ def _resumed(part: Path, seed: int, level: str) -> list[Record]:
             if one.level != level or one.seed < (found[-1].seed + 1 if found else seed):
                 raise ValueError(f"seed {one.seed} of level {one.level!r} does not belong here")
         except ValueError as error:
-            raise ValueError(f"{part}:{number}: {error}; delete the file") from None
+            raise ValueError(f"{part}:{number}: {error}; {advice}") from None
         found.append(one)
     return found
 
