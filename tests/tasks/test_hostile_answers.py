@@ -51,9 +51,10 @@ NUMBER = [
     (boxed("None"), 0), (boxed("True"), 0), (boxed("x"), 0), (boxed("42x"), 0), (boxed("i"), 0),
     # The value, unfinished or otherwise written.
     (boxed("40+2"), 0), (boxed("84/2"), 0), (boxed(r"\sqrt{1764}"), 0), (boxed("x=42"), 1),
-    (boxed("x=y=42"), 1), (boxed("40+2=42"), 1), (boxed("42=42"), 1), (boxed("42.0"), 1),
+    (boxed("x=y=42"), 1), (boxed("40+2=42"), 1), (boxed("43=42"), 0), (boxed("42 halves"), 0),
+    (boxed("42 tenths"), 0), (boxed("42 point five"), 0), (boxed("42 less one"), 0), (boxed("42=42"), 1), (boxed("42.0"), 1),
     (boxed("042"), 1), (boxed("+42"), 1), (boxed("-42"), 0), (boxed("--42"), 0), (boxed("42%"), 1),
-    (boxed("4200%"), 1), (boxed("42!"), 0), (boxed(r"42\text{ apples, or more}"), 0),
+    (boxed("4200%"), 0), (boxed("42!"), 0), (boxed(r"42\text{ apples, or more}"), 0),
     (boxed(r"\{42\}"), 0), (boxed("[42]"), 0), (boxed("(42, 0)"), 0), (boxed("42 million"), 0),
     ("The answer is 42, I hope you like it.", 0), ("The answer is 42. Have a nice day", 1),
     # Code in the place of an answer.
@@ -156,6 +157,13 @@ def test_stem():
         (choice, "B) " * 300_000, 0),
         (choice, "(" * 1_000_000, 0), (choice, "(B" * 300_000, 0), (choice, boxed("B|A"), 0),
         (choice, boxed("not B"), 0), (choice, "", 0), (choice, "\ud800", 0), (choice, "Z", 0),
+        *((number, boxed(text), 0) for text in (
+            "5 or 7", "5, 7, 8", "5 7 8", "5+4", "5*2", "5^2", r"5 \times 10", "5-100", "5 not",
+            "5!", "5, seven", "5 m/s or seven", "5 million", "7 m/s = 5 m/s", "10/2", "minus 5",
+            r"\frac{5}{1}", "5 m/s - 1", "5 kg", "5(7)", "5 million m/s")),
+        *((number, boxed(text), 1) for text in (
+            "5 m/s to the east", "10/2 = 5 m/s", r"5~\mathrm{m\,s^{-1}}", r"5\ \frac{m}{s}",
+            "5 Meters per Second", "v = d/t = 5 m/s = 18 km/h", "5 (m/s)")),
         (number, boxed("5"), 1), (number, boxed("５ m/s"), 1), (number, boxed("5e999 m"), 0),
         (number, boxed("nan"), 0), (number, boxed("9^9^9^9"), 0),
         (number, boxed("5" + "m" * 350), 1),

@@ -129,6 +129,12 @@ def test_own_answers_score_one_and_others_zero(level):
     assert not questions[0] & questions[1] and len(questions[0]) > 60
 
 
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_what_asks_for_a_fraction_has_one(level):
+    for seed in range(200):
+        assert "/" in problems.fractions(random.Random(seed), level)[1]
+
+
 def test_options():
     task = get_task("mathematics", kinds=["algebra"], suffix="", system="Be short.", train=3)
     prompt = task.prompts("train")[0]

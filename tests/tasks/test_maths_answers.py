@@ -26,6 +26,9 @@ from pyrl.tasks.mathematics.notation import number, squeeze
         ("the answer is 4\nNo: the answer is 5 apples.", "5 apples"),
         ("reasoning\n#### 1,234", "1,234"),
         ("3 + 4 = 7", "3 + 4 = 7"),
+        ("so\n(x, y) = (2, 6)", "(x, y) = (2, 6)"),
+        ("The answer is (x, y) = (2, 6).", "(x, y) = (2, 6)"),
+        ("so\nx = -5 and x = 9.", "x = -5 and x = 9"),
         ("They have 3 and 4, so 7 in all.", "7"),
         ("so 1,234 people.\n\n", "1,234"),
         ("we get $x+1$ in 5 steps", "x+1"),
@@ -57,6 +60,10 @@ SAME = [
     (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty) ∪ (-∞, 2)"), (r"\infty", "oo"),
     ("east", r"\text{East}"), (r"\text{yes}", "Yes."), ("A", "(A)"), ("x^2", "$x^2$."),
     (r"\frac{\sqrt{3}}{2}", r"\dfrac{ \sqrt{3} }{2}"), ("x^2", "x²"), ("a_{1}", "a_1"),
+    ("(2, 6)", "(x, y) = (2, 6)"), ("(2, 6)", "y=6, x=2"), ("(2, 6)", "x=2, y=6"),
+    ("(2, 6)", "(y, x) = (6, 2)"), ("(2, 6)", "x = 2 and y = 6"), ("-1/3", r"\frac{1}{-3}"),
+    ("-1/3", "(-1)/3"), ("-1/3", "-(1/3)"), ("-1/3", "1/(-3)"), ("-1/3", r"-\left(\frac13\right)"),
+    ("-4, 4", r"\pm 4"), ("-4, 4", "x = ±4"), ("-4, 4", "+/-4"), ("7", "700%"), ("2.5", "250%"),
 ]  # fmt: skip
 
 #: reference, answer; different, whatever decides.
@@ -69,6 +76,9 @@ DIFFERENT = [
     ("(1,2)", "[1,2]"), ("1,2", "1"), ("1,2", "1,2,3"), ("1,1", "1,2"), ("east", "seat"),
     ("x=1,y=2", "x=2,y=1"), ("yes", "no"), (r"\infty", r"-\infty"), ("x^2", "x^3"),
     ("12345678901234567890", "12345678901234567891"), ("2:3", "3:2"), ("5", "=" * 300),
+    ("7", "8=7"), ("7", "7 halves"), ("7", "7 tenths"), ("7", "7 point five"), ("7", "7 less one"),
+    ("(2, 6)", "(y, x) = (2, 6)"), ("(2, 6)", "y=2, x=6"), ("(2, 6)", "(x, y, z) = (2, 6)"),
+    ("4", r"\pm 4"), ("-4, 5", r"\pm 4"), ("5", "-(-5)"), ("2", r"\frac{-4}{-2}"),
 ]  # fmt: skip
 
 #: Only math-verify sees that these are the same.
@@ -88,6 +98,11 @@ def test_same_and_different():
     for reference, answer in SYMBOLIC:
         assert not same(reference, answer), (reference, answer)
         assert same(reference, answer, symbolic.equal), (reference, answer)
+    assert not same("7", "700%", percent=False) and same("1/2", "50%", percent=False)
+    assert same("7", "7%", percent=False)
+    for one in ("(2, 6)", "(x, y) = (2, 6)", "y=6, x=2"):
+        assert canonical(one) == "(2,6)"
+    assert canonical("-4, 4") == canonical(r"\pm 4")
     assert same("5", "2+3", symbolic.equal, evaluated=False) and same("5", "10/2", evaluated=False)
     assert not same("5", "2+4", symbolic.equal, evaluated=False)
     assert same("a" * LONGEST * 2, "a" * LONGEST * 2) and not same("5", "5" + " " * LONGEST + "!")

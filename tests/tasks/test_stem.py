@@ -9,9 +9,10 @@ from fractions import Fraction
 import pytest
 
 from pyrl.tasks import get_task
+from pyrl.tasks.protocol import user_prompt
 from pyrl.tasks.stem.choice import chosen
-from pyrl.tasks.stem.quantity import same_quantity
-from pyrl.tasks.stem.questions import SUBJECTS, show
+from pyrl.tasks.stem.quantity import parse_unit, read, same_quantity
+from pyrl.tasks.stem.questions import SUBJECTS, layer, organelle, show, strand
 from pyrl.tasks.stem.task import options_of
 
 TEMPLATES = {t.__name__: t for ts in SUBJECTS.values() for t in ts}
@@ -159,7 +160,8 @@ CHOSEN = {
     r"\boxed{C) water}": None, r"\boxed{E}": None, r"\boxed{}": None, r"\boxed{cat}": None,
     "The answer is C.": 2, "Answer: (B) water": 1, "answer: A dog": 0, "The answer is: **D**": 3,
     "The answer is A or B": None, "I think it is (D).": 3, "B": 1, "D) H2O": 3, "C.": 2,
-    "A good guess": None, "b": None, "no idea": None, "": None, "#### B": 1,
+    "A good guess": None, "b": None, "no idea": None, "": None,
+    r"\boxed{{C}}": 2, r"\boxed{option c}": 2, r"\boxed{the option (c)}": 2, r"\boxed{14/2}": None, "#### B": 1,
 }  # fmt: skip
 
 
@@ -168,6 +170,56 @@ def test_choices(text):
     assert chosen(text, OPTIONS) == CHOSEN[text]
     if "boxed" not in text:
         assert chosen(text, OPTIONS, strict=True) is None
+
+
+def test_an_option_without_its_unit():
+    options = ["4.571 ohm", "4 ohm", "5 m", "5 km", "3.35 A"]
+    wanted = {"4.571": 0, "4.571 Ω": 0, "4 ohms": 1, "5": None, "5 km": 3, "5000 m": 3, "4.57": None,
+              "67/20": None, "4 kg": None, "3.35": 4, "4 or 5": None}  # fmt: skip
+    for text, index in wanted.items():
+        assert chosen(rf"\boxed{{{text}}}", options) == index, text
+
+
+def test_every_drawn_unit_is_known():
+    made = [t(random.Random(0)) for t in TEMPLATES.values()]
+    units = {q.unit for q in made if q.unit}
+    assert len(units) > 10
+    for unit in units:
+        found = read(f"5 {unit}")
+        assert found and found.unit and parse_unit(found.rest)[1] == "", unit
+
+
+def test_repeating_the_question_as_a_fraction():
+    text = "A car drives 680 m in 17 s at constant speed. What is its speed in m/s?"
+    for answer in ("680/17", r"\frac{680}{17}", r"\frac{680}{17} m/s", "1360/34"):
+        assert not same_quantity("40", "m/s", answer, 0.01, text)
+    assert not same_quantity("67/20", "A", "67/20", 0.01, "67 V and 20 ohm")
+    assert same_quantity("67/20", "A", "134/40", 0.01, "67 V and 20 ohm")
+    assert same_quantity("40", "m/s", "680/17 = 40 m/s", 0.01, text)
+
+
+def test_usual_spellings_are_right():
+    spelled = {
+        "mitochondrion": "mitochondria", "cell membrane": "plasma membrane",
+        "nucleus": "the cell nucleus", "ribosome": "ribosomes", "crust": "Earth's crust",
+    }  # fmt: skip
+    for seed in range(60):
+        for template in (organelle, layer, strand):
+            made = template(random.Random(seed))
+            prompt = user_prompt("x", made.text, texts=[made.answer, *made.spellings])
+            task = get_task("stem", train=1, heldout=1)
+            answers = [spelled.get(made.answer, made.answer)]
+            if template is strand:
+                answers += [" ".join(made.answer), f"5'-{made.answer}-3'", f"3′-{made.answer}-5′"]
+                assert task.score(prompt, rf"\boxed{{{made.answer[::-1]}A}}") == 0
+            for answer in answers:
+                assert task.score(prompt, rf"\boxed{{{answer}}}") == 1, answer
+
+
+def test_kelvin_is_exact():
+    for prompt in get_task("stem", subjects=["chemistry"], train=200).prompts("train"):
+        if prompt.data["template"] == "kelvin" and "value" in prompt.data:
+            assert prompt.data["tolerance"] == 0
 
 
 @pytest.mark.parametrize(
@@ -187,6 +239,13 @@ def test_choices(text):
         ("0", "m", "0.001", True),
         ("-273", "degC", "−273", True), ("5", "m", "five", False), ("5", "m", "", False),
         ("5", "m", "5" * 500, False), ("1/3", "m", "0.333", True), ("5", "m", "1e999 m", False),
+        ("266", "MB", "266 Mbit", False), ("266", "MB", "266 kg", False),
+        ("266", "MB", "2128 Mbit", True), ("266", "MB", "0.266 GB", True),
+        ("266", "MB", "266 megabytes", True), ("266", "MB", "266000 KB", True),
+        ("6", "m/s^2", "6 meters per second squared", True), ("6", "m/s^2", "6 m/s²", True),
+        ("6", "m/s^2", "6 meters per second cubed", False), ("2", "m^3", "2 cubic meters", True),
+        ("4.2", "kJ", "4.2 kJ/(kg K)", False), ("12", "", "12!", False), ("12", "", "12 - 5", False),
+        ("12", "", "12, 13", False), ("13", "", "13^2", False), ("2", "mol", "2 mol of CO2", True),
     ],
 )  # fmt: skip
 def test_quantities(value, unit, answer, right):

@@ -10,8 +10,12 @@ from pyrl.tasks.mathematics.final import LONGEST
 from pyrl.tasks.mathematics.notation import Number, number, same_number, spaceless, squeeze
 
 #: "x =", "f(x) =", "\theta =", "x \in" before a value.
+#: "(x, y) =" before a list.
+_NAMES = re.compile(r"\( ?([A-Za-z](?: ?, ?[A-Za-z])+) ?\) ?=(?!=)")
+_BOTH_SIGNS = re.compile(r"(?:\\pm|\+/?-) ?(.+)")
 _NAME = re.compile(r"(\\?[A-Za-z]+(?:_ ?\{?\w+\}?)?(?: ?\( ?[a-z] ?\))?) ?(?:=|\\in )(?!=)")
 _EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)")
+_LETTER = re.compile(r"[A-Za-z]")
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]+")
 _OPEN, _CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
 _TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|\band\b|\bor\b|.", re.DOTALL)
@@ -20,6 +24,14 @@ _TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|\band\b|\bor\b|.", re.DOTALL)
 DEPTH = 3
 #: Decides the pairs that are neither numbers, nor lists, nor words: (reference, answer), squeezed.
 Decide = Callable[[str, str], bool]
+
+
+class Rules(NamedTuple):
+    """How `same` was asked to compare."""
+
+    decide: Decide | None
+    evaluated: bool
+    percent: bool
 
 
 class Parts(NamedTuple):
@@ -36,21 +48,29 @@ class Parts(NamedTuple):
         return self.by == ":" or self.opening in ("(", "[")
 
 
-def same(reference: str, answer: str, decide: Decide | None = None, evaluated: bool = True) -> bool:
+def same(
+    reference: str,
+    answer: str,
+    decide: Decide | None = None,
+    evaluated: bool = True,
+    percent: bool = True,
+) -> bool:
     r"""Whether both say the same.
 
     Equal spelling (`notation.squeeze`), or equal rational numbers, exactly; "x = 5" is 5, but not
     "y = 5" where the reference names x. Lists are compared part by part: (1, 2), [1, 2) and 2:3 in
     order and with their brackets, \{1, 2\}, "1, 2", "1 and 2" and unions in any order; a bare list
-    may stand for an (ordered) tuple. Words are compared as words, without case.
+    may stand for an (ordered) tuple. So may names: "y = 6, x = 2" and "(x, y) = (2, 6)" are (2, 6),
+    in the names' alphabetical order. \pm 4 is the list "-4, 4". Words are compared without case.
 
     What remains, such as roots, variables and matrices, is left to `decide`, without which it is
     different. evaluated: a reference that is a number takes only numbers that are written out:
     none of "2+3", "10/2" and "\sqrt{25}" says 5, or else repeating the question would be an answer.
+    percent: an integer may be said as a percentage of that value, 7 as 700%.
     """
     if max(len(reference), len(answer)) > LONGEST:
         return bool(answer) and reference.strip() == answer.strip()
-    return _same(squeeze(reference), squeeze(answer), decide, evaluated, DEPTH)
+    return _same(squeeze(reference), squeeze(answer), Rules(decide, evaluated, percent), DEPTH)
 
 
 def canonical(answer: str, expand: Callable[[str], str | None] | None = None) -> str:
@@ -61,9 +81,12 @@ def canonical(answer: str, expand: Callable[[str], str | None] | None = None) ->
     return answer.strip() if len(answer) > LONGEST else _canonical(squeeze(answer), DEPTH, expand)
 
 
-def _same(reference: str, answer: str, decide: Decide | None, evaluated: bool, depth: int) -> bool:
+def _same(reference: str, answer: str, rules: Rules, depth: int) -> bool:
     if not answer:
         return False
+    if _bare(reference) == _bare(answer):
+        return True
+    reference, answer = _spread(reference), _spread(answer)
     if _bare(reference) == _bare(answer):
         return True
     name, value = _named(reference)
@@ -74,9 +97,10 @@ def _same(reference: str, answer: str, decide: Decide | None, evaluated: bool, d
     if wanted is not None:
         given = number(given_value) or _last_value(answer)
         if given is not None:
-            left = evaluated and given.fraction and not wanted.fraction
-            return same_number(wanted, given) and not (left and wanted.value.denominator == 1)
-        if evaluated:
+            left = rules.evaluated and given.fraction and not wanted.fraction
+            equal = same_number(wanted, given, rules.percent)
+            return equal and not (left and wanted.value.denominator == 1)
+        if rules.evaluated:
             return False
     if _WORD.fullmatch(reference) and not _is_product(reference):
         return reference.casefold() == answer.casefold()
@@ -84,9 +108,10 @@ def _same(reference: str, answer: str, decide: Decide | None, evaluated: bool, d
     if listed is not None:
         others = parts(given_value)
         if others is not None:
-            return _same_parts(listed, others, decide, evaluated, depth - 1)
+            return _same_parts(listed, others, rules, depth - 1)
         if not listed.opening:
             return False
+    decide = rules.decide
     if decide is None:
         return False
     if bool(name) != bool(own) and not _EQUALS.search(value + given_value):
@@ -94,9 +119,9 @@ def _same(reference: str, answer: str, decide: Decide | None, evaluated: bool, d
     return decide(reference, answer)
 
 
-def _same_parts(
-    reference: Parts, answer: Parts, decide: Decide | None, evaluated: bool, depth: int
-) -> bool:
+def _same_parts(reference: Parts, answer: Parts, rules: Rules, depth: int) -> bool:
+    if reference.opening == "(" and not answer.opening:
+        answer = _by_name(answer)
     brackets = [(p.opening, p.closing) for p in (reference, answer)]
     bare = ("", "")
     if brackets[0] != brackets[1] and not (
@@ -107,7 +132,7 @@ def _same_parts(
         return False
 
     def agree(a: str, b: str) -> bool:
-        return _same(a, b, decide, evaluated, depth)
+        return _same(a, b, rules, depth)
 
     if reference.ordered or answer.ordered:
         return all(map(agree, reference.items, answer.items))
@@ -176,9 +201,38 @@ def _named(squeezed: str) -> tuple[str, str]:
 
 
 def _last_value(squeezed: str) -> Number | None:
-    """5 of "2 + 3 = 5"; a list has none."""
+    """5 of "2 + 3 = 5"; a list has none, and neither has "8 = 5"."""
     ends = _EQUALS.split(squeezed)
-    return number(ends[-1].strip()) if len(ends) > 1 and parts(squeezed) is None else None
+    if len(ends) < 2 or parts(squeezed) is not None:
+        return None
+    values = [found for end in ends if (found := number(end.strip())) is not None]
+    last = number(ends[-1].strip())
+    return last if last and all(same_number(last, value) for value in values) else None
+
+
+def _spread(squeezed: str) -> str:
+    r"""(x, y) = (2, 6) as x=2, y=6, and \pm 4 as -4, 4; any other text as it is."""
+    names = _NAMES.match(squeezed)
+    listed = parts(squeezed[names.end() :].strip()) if names else None
+    if names and listed and listed.opening == "(":
+        letters = [letter.strip() for letter in names[1].split(",")]
+        if len(letters) == len(listed.items) == len(set(letters)):
+            return ", ".join(f"{n}={v}" for n, v in zip(letters, listed.items, strict=True))
+    name, value = _named(squeezed)
+    signs = _BOTH_SIGNS.fullmatch(value)
+    if signs and (found := number(signs[1])) is not None and found.value > 0:
+        return f"-{signs[1]}, {signs[1]}" if not name else f"{name}=-{signs[1]}, {name}={signs[1]}"
+    return squeezed
+
+
+def _by_name(listed: Parts) -> Parts:
+    """y=6, x=2 as the bare list 2, 6; a list that does not name each part by a letter of its own
+    as it is."""
+    named = [_named(item) for item in listed.items]
+    names = [name for name, _ in named]
+    if listed.by != "," or not all(map(_LETTER.fullmatch, names)) or len({*names}) < len(names):
+        return listed
+    return listed._replace(items=tuple(value for _, value in sorted(named)))
 
 
 def _bare(squeezed: str) -> str:
@@ -193,6 +247,7 @@ def _is_product(word: str) -> bool:
 
 
 def _canonical(squeezed: str, depth: int, expand: Callable[[str], str | None] | None) -> str:
+    squeezed = _spread(squeezed)
     name, value = _named(squeezed)
     if name and depth < DEPTH:  # in a list the names say which is which
         return f"{name}={_canonical(value, 0, expand)}"
@@ -204,6 +259,9 @@ def _canonical(squeezed: str, depth: int, expand: Callable[[str], str | None] | 
     inside = parts(value) if depth else None
     if inside is None:
         return (expand(value) if expand else None) or _bare(value)
+    named = inside if inside.opening or depth < DEPTH else _by_name(inside)
+    if named is not inside:
+        inside = named._replace(opening="(", closing=")")
     items = [_canonical(item, depth - 1, expand) for item in inside.items]
     if not inside.ordered:
         items.sort()

@@ -27,8 +27,9 @@ def final_answer(text: str, strict: bool = False, units: bool = False) -> str | 
     that box counts as its content. Without any box, and unless `strict`:
     1. what follows the last "answer is", "answer:", "answer =" or "####", to the end of its
        sentence or line (of its last `$…$` there, where there are some);
-    2. else of the last line that is not blank: the whole line if it has no words, else its last
-       `$…$` or `\(…\)`, else its last number (with `units`: and what follows it), else the line.
+    2. else of the last line that is not blank: the whole line if it has no words but "and"
+       and "or", else its last `$…$` or `\(…\)`, else its last number (with `units`: and what
+       follows it), else the line.
     """
     text = after_thinking(text)
     boxed = last_boxed(text)
@@ -51,7 +52,7 @@ def final_answer(text: str, strict: bool = False, units: bool = False) -> str | 
         if stated:
             return _last_math(stated) or stated
     line = _plain(text.rstrip().rpartition("\n")[2])
-    if not line or len(line) > LONGEST or not _WORDS.search(line):
+    if not line or len(line) > LONGEST or {*_WORDS.findall(line)} <= {"and", "or"}:
         return line or None
     number = None
     for number in _NUMBER.finditer(line):  # noqa: B007

@@ -28,6 +28,7 @@ _CHARACTERS = {
     for characters, to in (
         ("−–—﹣－", "-"), ("×", r"\times "), ("⋅·∙•", r"\cdot "), ("÷⁄∕", "/"), ("π", r"\pi "),
         ("∞", r"\infty "), ("≤", r"\leq "), ("≥", r"\geq "), ("≠", r"\neq "), ("√", r"\sqrt "),
+        ("±", r"\pm "),
         ("∪", r"\cup "), ("°€£`", ""), ("％", "%"), ("，", ","), ("．", "."), ("＝", "="),
         ("（", "("), ("）", ")"), ("\u200b\u2060\ufeff", ""),
     )
@@ -40,8 +41,8 @@ _SMALL_INDEX = re.compile(r"([\^_])\{(\w)\}")
 
 _DECIMAL = r"(?:\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 _FRACTION = (
-    r"(?:\\frac ?(?:\{ ?(?P<top>-?{D}) ?\}|(?P<t>\d)) ?(?:\{ ?(?P<bottom>{D}) ?\}|(?P<b>\d))"
-    r"|(?P<over>{D}) ?/ ?(?P<under>{D}))"
+    r"(?:\\frac ?(?:\{ ?(?P<top>-?{D}) ?\}|(?P<t>\d)) ?(?:\{ ?(?P<bottom>-?{D}) ?\}|(?P<b>\d))"
+    r"|(?P<over>{D}) ?/ ?(?P<under>-?{D}))"
 ).replace("{D}", _DECIMAL)
 _VALUE = re.compile(
     r"(?P<sign>[-+]?) ?(?:(?:(?P<whole>\d+)(?: (?=[\d.])| ?(?=\\frac)))?{F}|(?P<decimal>{D})"
@@ -49,17 +50,27 @@ _VALUE = re.compile(
     r"|[eE](?P<e>[-+]?\d{1,3})))?)(?P<rest>.*)".replace("{F}", _FRACTION).replace("{D}", _DECIMAL),
     re.DOTALL,
 )
+#: Brackets around a fraction's numbers: (-1)/3, 1/(-3).
+_ABOVE = re.compile(r"^\( ?(-? ?\d+(?:\.\d+)?) ?\) ?/")
+_BELOW = re.compile(r"/ ?\( ?(-? ?\d+(?:\.\d+)?) ?\)$")
 _PERCENT = re.compile(r" ?(?:%|percent\b|per cent\b)")
 _UNIT = re.compile(
     r" ?(?:[A-Za-z]{2,}|(?<= )[A-Za-z])(?:[ /.]+[A-Za-z]+)*(?: ?\^ ?\{?[23]\}?)?[ .]*"
 )
 #: Words after a number that change it, so that "5 squared" is not 5.
-_NO_UNITS = {
+NO_UNITS = {
     "over", "squared", "cubed", "factorial", "sqrt", "root", "times", "plus", "minus", "divided",
     "pi", "to", "mod", "or", "and", "not", "by", "of", "half", "third", "quarter", "dozen", "score",
-    "i", "e", "x", "y", "z", "n", "k",
+    "i", "e", "x", "y", "z", "n", "k", "less", "point", "negative", "double", "twice",
+    "nor", "versus", "power", "raised", "exponent", "multiplied", "halves",
+    "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth",
+    "millionth", "thirds", "quarters", "fourths", "fifths", "sixths", "sevenths", "eighths",
+    "ninths", "tenths", "twelfths", "hundredths", "thousandths", "millionths", "dozens",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
 }  # fmt: skip
-_MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 class Number(NamedTuple):
@@ -100,13 +111,18 @@ def number(squeezed: str) -> Number | None:
     r"""The rational number that a squeezed text writes out, None where it is none.
 
     Integers and decimals with thousands separators (1,234 or 1 234), a/b, \frac{a}{b}, \frac12,
-    mixed numbers (2 1/2, 2\frac{1}{2}), scientific notation (1.5e3, 1.5 \times 10^{3}), each with
-    a sign, a percent sign or a unit, which is ignored ("5 cm", "5 million" is a million times 5).
+    mixed numbers (2 1/2, 2\frac{1}{2}), (-1)/3, -(1/3), scientific notation (1.5e3,
+    1.5 \times 10^{3}), each with a sign, a percent sign or a unit, which is ignored ("5 cm", "5 million" is a million times 5).
     Sums, powers, roots and factorials are no numbers that are written out.
     """
     while len(squeezed) > 1 and (squeezed[0] + squeezed[-1]) in ("()", "{}"):
         squeezed = squeezed[1:-1].strip()
-    found = leading(squeezed)
+    bracketed = re.fullmatch(r"- ?\(([^()]*)\)", squeezed)
+    if bracketed:
+        inside = number(bracketed[1].strip())
+        positive = inside is not None and inside.fraction and inside.value > 0
+        return inside._replace(value=-inside.value) if inside and positive else None
+    found = leading(_BELOW.sub(r"/\1", _ABOVE.sub(r"\1/", squeezed)))
     if found is None:
         return None
     value, rest, fraction = found
@@ -115,10 +131,10 @@ def number(squeezed: str) -> Number | None:
         return None if rest[percent.end() :].strip() else Number(value, True, fraction)
     if rest:
         words = re.findall(r"[A-Za-z]+", rest.lower())
-        if not _UNIT.fullmatch(rest) or _NO_UNITS.intersection(words):
+        if not _UNIT.fullmatch(rest) or NO_UNITS.intersection(words):
             return None
         for word in words:
-            value *= 10 ** _MULTIPLES.get(word, 0)
+            value *= 10 ** MULTIPLES.get(word, 0)
     return Number(value, False, fraction)
 
 
@@ -143,10 +159,12 @@ def leading(squeezed: str) -> tuple[Fraction, str, bool] | None:
     return -value if match["sign"] == "-" else value, match["rest"], top is not None
 
 
-def same_number(a: Number, b: Number) -> bool:
+def same_number(a: Number, b: Number, whole: bool = True) -> bool:
     """Equal values. Where one of them only has a percent sign, as the asked-for percentage (50 for
-    50%) or as its value (1/2 for 50%)."""
+    50%) or as its value (1/2 for 50%; with `whole` also an integer, 7 for 700%)."""
     if a.percent == b.percent:
+        return a.value == b.value
+    if not whole and (b if a.percent else a).value.denominator == 1:
         return a.value == b.value
     percent, plain = (a, b) if a.percent else (b, a)
     return plain.value in (percent.value, percent.value / 100)

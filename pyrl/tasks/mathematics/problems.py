@@ -79,13 +79,15 @@ def order(rng: random.Random, level: int) -> Problem:
 
 def fractions(rng: random.Random, level: int) -> Problem:
     """1/5 + 2/5, with two denominators from level 2, a product at level 3"""
-    first, second = rng.randint(2, 9), rng.randint(2, 9)
-    if level == 1:
-        second = first
-    a, b = (Fraction(rng.randint(1, d - 1), d) for d in (first, second))
-    sign = rng.choice("+-" if level < 3 else "+-*")
-    value = a + b if sign == "+" else a - b if sign == "-" else a * b
-    return f"Compute {a} {sign} {b}. Give a fraction.", str(value)
+    while True:
+        first, second = rng.randint(2, 9), rng.randint(2, 9)
+        if level == 1:
+            second = first
+        a, b = (Fraction(rng.randint(1, d - 1), d) for d in (first, second))
+        sign = rng.choice("+-" if level < 3 else "+-*")
+        value = a + b if sign == "+" else a - b if sign == "-" else a * b
+        if value.denominator > 1:  # it asks for a fraction
+            return f"Compute {a} {sign} {b}. Give a fraction.", str(value)
 
 
 def decimals(rng: random.Random, level: int) -> Problem:

@@ -109,7 +109,8 @@ class Mathematics(ReadingTask):
         decide = functools.partial(_decide, prompt.text) if self.verifier == "symbolic" else None
         right = prompt.data["answer"]
         references = [right] if isinstance(right, str) else right
-        return float(any(same(one, answer, decide, self.evaluated) for one in references))
+        percent = "%" in prompt.text or "percent" in prompt.text.lower()
+        return float(any(same(one, answer, decide, self.evaluated, percent) for one in references))
 
     def answer(self, prompt: Prompt, completion: str) -> str | None:
         """The final answer in one spelling; `compare.canonical`."""

@@ -11,7 +11,14 @@ ELEMENTS = [
     ("Cl", "chlorine", 35), ("Ar", "argon", 40), ("K", "potassium", 39), ("Ca", "calcium", 40),
 ]  # fmt: skip
 #: Other spellings that are right as well.
-SPELLINGS = {"aluminium": ["aluminum"], "sulfur": ["sulphur"]}
+SPELLINGS = {
+    "aluminium": ["aluminum"], "sulfur": ["sulphur"],
+    "mitochondrion": ["mitochondria"], "chloroplast": ["chloroplasts"], "ribosome": ["ribosomes"],
+    "nucleus": ["cell nucleus", "nucleus of the cell"],
+    "cell membrane": ["plasma membrane", "plasmalemma", "membrane", "cytoplasmic membrane"],
+    "outer core": ["Earth's outer core", "liquid outer core"],
+    "mantle": ["Earth's mantle"], "crust": ["Earth's crust", "Earth crust"],
+}  # fmt: skip
 
 #: Formula → (name, molar mass in g/mol with H 1, C 12, N 14, O 16, Na 23, S 32, Cl 35.5, Ca 40).
 MOLAR_MASSES = {

@@ -31,6 +31,7 @@ class Question:
     """Results of the usual mistakes; what equals the answer is dropped, more are made up."""
     spellings: list[str] = field(default_factory=list)
     """Other texts that are right."""
+    exact: bool = False  # a number without a tolerance, though it has a unit
 
 
 Template = Callable[[random.Random], Question]
@@ -229,7 +230,7 @@ def kelvin(rng: random.Random) -> Question:
     """t + 273"""
     t = rng.randint(-100, 300)
     text = f"Convert {t} degrees Celsius to kelvin (0 degrees Celsius = 273 K)."
-    return Question(text, t + 273, "K", [t - 273, 273 - t, t * 2 + 32])
+    return Question(text, t + 273, "K", [t - 273, 273 - t, t * 2 + 32], exact=True)
 
 
 # Biology
@@ -256,7 +257,9 @@ def strand(rng: random.Random) -> Question:
     text = (
         f"A DNA strand reads {bases}. What does the other strand read, base by base in this order?"
     )
-    return Question(text, other, "", [bases, other[::-1], other.replace("T", "U")])
+    others = [" ".join(other), "-".join(other), f"5'-{other}-3'", f"3'-{other}-5'",
+              f"5' {other} 3'", f"3' {other} 5'"]  # fmt: skip
+    return Question(text, other, "", [bases, other[::-1], other.replace("T", "U")], others)
 
 
 def codons(rng: random.Random) -> Question:
@@ -288,7 +291,8 @@ def organelle(rng: random.Random) -> Question:
     """What does what in a cell"""
     task = rng.choice(list(CELL))
     return Question(f"Which part of a cell {task}?", CELL[task], "",
-                    [c for c in CELL.values() if c != CELL[task]])  # fmt: skip
+                    [c for c in CELL.values() if c != CELL[task]],
+                    SPELLINGS.get(CELL[task], []))  # fmt: skip
 
 
 # Earth and space
@@ -315,7 +319,8 @@ def layer(rng: random.Random) -> Question:
     """Layers of Earth and air"""
     what = rng.choice(list(EARTH))
     wrong: list[Fraction | int | str] = [e for e in EARTH.values() if e != EARTH[what]]
-    return Question(f"Which layer of the Earth or its atmosphere {what}?", EARTH[what], "", wrong)
+    return Question(f"Which layer of the Earth or its atmosphere {what}?", EARTH[what], "", wrong,
+                    SPELLINGS.get(EARTH[what], []))  # fmt: skip
 
 
 def drift(rng: random.Random) -> Question:

@@ -16,7 +16,7 @@ from pyrl.tasks.protocol import Prompt
 from pyrl.tasks.reading import ReadingTask
 from pyrl.tasks.rows import Row, field
 from pyrl.tasks.stem.choice import LETTERS, chosen
-from pyrl.tasks.stem.quantity import parse_unit, same_quantity
+from pyrl.tasks.stem.quantity import read, same_quantity
 from pyrl.tasks.stem.questions import SUBJECTS, Question, show
 
 PROMPT_FIELDS = ("question", "Question", "problem", "prompt", "query")
@@ -63,11 +63,11 @@ class Stem(ReadingTask):
     names, or "Incorrect Answer 1" … 3, or "distractor1" … 3."""
     tolerance: float = 0.01
     """Relative tolerance of numbers, where a row has no field "tolerance"; drawn questions have it
-    for numbers with a unit only."""
+    for numbers with a unit only, and those that are exact conversions (kelvin) have none."""
     shuffle: bool = True
     """Options in an order drawn by `seed`, unless one is about others ("all of the above")."""
     strict: bool = False
-    r"""Only a `\\boxed{}` is an answer."""
+    r"""Only a `\boxed{}` is an answer."""
 
     def __post_init__(self) -> None:
         for subject in self.subjects:
@@ -93,7 +93,8 @@ class Stem(ReadingTask):
             data: dict[str, Any] = {"texts": [made.answer, *made.spellings]}
         else:
             value = str(Fraction(made.answer))
-            limit = self.tolerance if made.unit else 0.0  # without a unit it is a count
+            # Without a unit it is a count; 1% of 274 K would pay for five different integers.
+            limit = self.tolerance if made.unit and not made.exact else 0.0
             data = {"value": value, "unit": made.unit, "tolerance": limit}
         return Prompt(id, self.chat(made.text), known | data, domain)
 
@@ -123,11 +124,11 @@ class Stem(ReadingTask):
         if not texts or not all(_words(t) or squeeze(t[:LONGEST]) for t in texts):
             raise ValueError(f"{where}: the answer {answer!r} is empty")
         data: dict[str, Any] = {"texts": texts}
-        number = leading(squeeze(texts[0])) if len(texts) == 1 and len(texts[0]) < LONGEST else None
-        unit = "" if number is None else number[1].strip()
-        if number is not None and (not unit or parse_unit(unit)):
-            data = {"value": str(number[0]), "unit": unit,
-                    "tolerance": float(row.get("tolerance") or self.tolerance)}  # fmt: skip
+        number = read(texts[0]) if len(texts) == 1 else None
+        if number is not None and (number.unit or not number.rest):
+            data = {"value": str(number.number), "unit": number.rest,
+                    "tolerance": float(row.get("tolerance") or self.tolerance),
+                    "fraction": bool(number.fraction)}  # fmt: skip
         return Prompt(id, self.chat(question), data)
 
     def score(self, prompt: Prompt, completion: str) -> float:
@@ -139,7 +140,10 @@ class Stem(ReadingTask):
         if answer is None:
             return 0.0
         if "value" in data:
-            return float(same_quantity(data["value"], data["unit"], answer, data["tolerance"]))
+            # A reference that is a fraction itself may have both of its numbers in the question.
+            text = "" if data.get("fraction") else prompt.text
+            known = (data["value"], data["unit"], answer, data["tolerance"], text)
+            return float(same_quantity(*known))
         said = _words(answer)
         return float(bool(said) and any(said == _words(text) for text in data["texts"]))
 
