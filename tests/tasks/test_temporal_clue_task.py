@@ -1,7 +1,7 @@
 """Files of puzzles, the task on them, the report and the command."""
 
-import itertools
 import dataclasses
+import itertools
 import json
 import pickle
 import re
