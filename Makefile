@@ -11,13 +11,15 @@ SEED ?= 0
 comma := ,
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help quickstart test test-vllm bench lint aot certify repro gpu-check clean
+.PHONY: help quickstart tasks test test-vllm bench lint aot certify repro gpu-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(STAMPS)/$(if $(filter vllm,$(ROLLOUT)),vllm,pyrl) ## teach SmolLM2-135M to follow instructions (RUN= SEED= ROLLOUT=vllm)
 	$(BIN)/pyrl train recipes/quickstart.toml --run $(RUN) --train.seed $(SEED) \
 	  --rollout.engine $(ROLLOUT) $(if $(filter vllm,$(ROLLOUT)),--rollout.options '{dtype = "float32"}')
+
+tasks: $(STAMPS)/tasks ## what mathematics, logic, Temporal Clue and data sets need
 
 test: $(STAMPS)/test ## the test suite
 	$(BIN)/pytest -q -n auto --maxprocesses 8 -m "not slow and not vllm"
@@ -61,8 +63,8 @@ $(STAMPS)/pyrl: $(STAMPS)/torch setup.py pyproject.toml CMakeLists.txt $(shell f
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(STAMPS)/test $(STAMPS)/dev $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/pyrl
-	PYRL_BUILD=python $(PIP) -e ".[$*$(if $(filter test dev,$*),$(comma)triton$(comma)lora)]"
+$(STAMPS)/test $(STAMPS)/dev $(STAMPS)/bench $(STAMPS)/tasks: $(STAMPS)/%: $(STAMPS)/pyrl
+	PYRL_BUILD=python $(PIP) -e ".[$*$(if $(filter test dev,$*),$(comma)triton$(comma)lora$(comma)tasks)]"
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -76,6 +76,10 @@ class Completion:
             )
 
 
+#: (prompt index, sample index, completion): called once for each, from any thread, one at a time.
+OnCompletion = Callable[[int, int, Completion], None]
+
+
 @runtime_checkable
 class Rollout(Protocol):
     """A sampler whose weights follow the trainer's."""
@@ -103,8 +107,11 @@ class Rollout(Protocol):
         *,
         seed: int,
         counts: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
     ) -> list[list[Completion]]:
         """`counts[i]` (default `params.n`) completions of prompt i, in order; 0 gives [].
+
+        on_completion hears of each when it is finished, while others are still being sampled.
 
         The same seed draws the same noise: a function of (seed, prompt index, sample index),
         whatever the counts.

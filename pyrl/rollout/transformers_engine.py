@@ -9,7 +9,8 @@ applied to last positions only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decode_attention import KVCache, decoding, using
-from .protocol import Completion, RolloutError, SamplingParams, check_counts, check_prompts
+from .protocol import (
+    Completion,
+    OnCompletion,
+    RolloutError,
+    SamplingParams,
+    check_counts,
+    check_prompts,
+)
 from .sampling import sample, uniforms
 
 #: Fewer rows than this are not worth a worker: each of them reads all the weights.
@@ -122,18 +130,25 @@ class TransformersEngine:
         *,
         seed: int,
         counts: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
     ) -> list[list[Completion]]:
         """See `Rollout.generate`."""
         check_prompts(prompts, self.policy.max_length)
         wanted = check_counts(counts, len(prompts), params.n)
         done: list[list[Completion | None]] = [[None] * count for count in wanted]
+        lock = threading.Lock()
+
+        def finish(row: _Row, completion: Completion) -> None:
+            done[row.prompt][row.sample] = completion
+            if on_completion is not None:
+                with lock:
+                    on_completion(row.prompt, row.sample, completion)
+
         with decoding(self.policy.model):
             for batch in self._batches(prompts, wanted):
-                parts = self._parts(batch)
-                jobs = [(prompts, part, params, seed) for part in parts]
-                for part, completions in zip(parts, self._run_all(jobs), strict=True):
-                    for row, completion in zip(part, completions, strict=True):
-                        done[row.prompt][row.sample] = completion
+                self._run_all(
+                    [(prompts, part, params, seed, finish) for part in self._parts(batch)]
+                )
         return done  # type: ignore[return-value]
 
     def _batches(
@@ -164,7 +179,7 @@ class TransformersEngine:
             begin = end
         return parts
 
-    def _run_all(self, jobs: list[tuple[Any, ...]]) -> list[list[Completion]]:
+    def _run_all(self, jobs: list[tuple[Any, ...]]) -> None:
         """Each part in a thread of its own with its share of torch's threads.
 
         Decoding multiplies a few rows by large weights, hundreds of short calls a token; on a CPU
@@ -172,29 +187,34 @@ class TransformersEngine:
         (and much faster when another process has one of them).
         """
         if len(jobs) == 1:
-            return [self._run(*jobs[0])]
+            return self._run(*jobs[0])
         threads = torch.get_num_threads()
         share = max(1, threads // len(jobs))
         try:
             with ThreadPoolExecutor(len(jobs), "rollout", torch.set_num_threads, (share,)) as pool:
-                return list(pool.map(lambda job: self._run(*job), jobs))
+                list(pool.map(lambda job: self._run(*job), jobs))  # to raise what they raised
         finally:
             # The number is also kept for the whole process, where threads made later read it.
             torch.set_num_threads(threads)
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], batch: list[_Row], params: SamplingParams, seed: int
-    ) -> list[Completion]:
+        self,
+        prompts: Sequence[Sequence[int]],
+        batch: list[_Row],
+        params: SamplingParams,
+        seed: int,
+        finish: Callable[[_Row, Completion], None],
+    ) -> None:
         device, limit = self.device, params.max_new_tokens
         lengths = torch.tensor([len(prompts[row.prompt]) for row in batch], device=device)
         noise = torch.stack(
             [torch.from_numpy(uniforms(seed, row.prompt, row.sample, limit)) for row in batch]
         ).to(device)
+        stops = frozenset(params.stop_token_ids)
         stop = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
         room = (self.policy.max_length - lengths).clamp(max=limit)  # tokens a row may still get
         tokens = torch.zeros(len(batch), limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(batch), limit, device=device)
-        counts = torch.zeros(len(batch), dtype=torch.long, device=device)
         live = torch.arange(len(batch), device=device)  # cache row -> index into `batch`
 
         cache = KVCache(len(batch), int(lengths.max()), device)
@@ -203,9 +223,15 @@ class TransformersEngine:
             for t in range(limit):
                 token, logprob = sample(logits, noise[live, t], params)
                 tokens[live, t], logprobs[live, t] = token, logprob
-                counts[live] = t + 1
                 finished = torch.isin(token, stop) | (room[live] <= t + 1)
                 if bool(finished.any()):
+                    ended = live[finished]
+                    drawn = zip(
+                        ended.tolist(), tokens[ended, : t + 1].tolist(),
+                        logprobs[ended, : t + 1].tolist(), strict=True,
+                    )  # fmt: skip
+                    for i, ids, logps in drawn:
+                        finish(batch[i], _completion(batch[i], ids, logps, stops))
                     order = cache.drop(finished)
                     live, token = live[order], token[order]
                     if not len(live):
@@ -213,7 +239,6 @@ class TransformersEngine:
                 cache.start_decode()
                 position = lengths[live] + t
                 logits = self._logits(self._hidden(token[:, None], position[:, None], cache)[:, 0])
-        return self._collect(batch, tokens, logprobs, counts, params)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], batch: list[_Row], cache: KVCache
@@ -266,29 +291,6 @@ class TransformersEngine:
                 logits = head.softcap * torch.tanh(logits / head.softcap)
         return logits
 
-    def _collect(
-        self,
-        batch: list[_Row],
-        tokens: Tensor,
-        logprobs: Tensor,
-        counts: Tensor,
-        params: SamplingParams,
-    ) -> list[Completion]:
-        stop = set(params.stop_token_ids)
-        out = []
-        for row, ids, logps, count in zip(
-            batch, tokens.tolist(), logprobs.tolist(), counts.tolist(), strict=True
-        ):
-            ids, logps = ids[:count], logps[:count]
-            bad = next((t for t, value in enumerate(logps) if value != value), None)
-            if bad is not None:
-                raise RolloutError(
-                    f"generate: NaN log-prob at token {bad} of sample {row.sample} of "
-                    f"prompts[{row.prompt}]: the model's logits are not finite"
-                )
-            out.append(Completion(ids, logps, "stop" if ids[-1] in stop else "length"))
-        return out
-
     # -- scoring -----------------------------------------------------------------------------
     def score(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """log_softmax(logits)[completion[t]] in fp32, by one forward of prompt + completion."""
@@ -307,3 +309,13 @@ class TransformersEngine:
             logits = self._logits(hidden).float()
         target = torch.tensor(list(completion), device=self.device)
         return (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)).tolist()
+
+
+def _completion(row: _Row, ids: list[int], logps: list[float], stops: frozenset[int]) -> Completion:
+    bad = next((t for t, value in enumerate(logps) if value != value), None)
+    if bad is not None:
+        raise RolloutError(
+            f"generate: NaN log-prob at token {bad} of sample {row.sample} of "
+            f"prompts[{row.prompt}]: the model's logits are not finite"
+        )
+    return Completion(ids, logps, "stop" if ids[-1] in stops else "length")

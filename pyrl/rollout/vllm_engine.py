@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,16 @@ import torch
 from torch import Tensor
 
 from .options import check_names
-from .protocol import Completion, RolloutError, SamplingParams, check_counts, check_prompts
+from .protocol import (
+    Completion,
+    OnCompletion,
+    RolloutError,
+    SamplingParams,
+    check_counts,
+    check_prompts,
+)
 from .sampling import request_seed
+from .vllm_weights import complete, weight_names
 
 #: Set before vllm is imported, where the user has not: in process, quiet, no usage reports.
 ENVIRONMENT = {
@@ -145,7 +153,7 @@ class VLLMEngine:
             self._llm = self._vllm.LLM(model_path, **(options | llm_options))
         self._threads = set(threading.enumerate()) - running
         self._can_sleep = gpu and enable_sleep
-        self._names, self._tied = _weight_names(model_path)
+        self._names, self._tied = weight_names(model_path)
         self._in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
     @classmethod
@@ -188,6 +196,7 @@ class VLLMEngine:
         *,
         seed: int,
         counts: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
     ) -> list[list[Completion]]:
         """See `Rollout.generate`."""
         check_prompts(prompts, self.max_length)
@@ -211,10 +220,16 @@ class VLLMEngine:
             for i in some
         ]
         done: list[list[Completion]] = [[] for _ in prompts]
-        outputs = self._run([prompts[i] for i in some], requests, "generate")
-        for i, output in zip(some, outputs, strict=True):
+
+        def finish(place: int, output: Any) -> None:
+            i = some[place]
             drawn = sorted(output.outputs, key=lambda o: o.index)
             done[i] = [_completion(o, i) for o in drawn]
+            if on_completion is not None:
+                for sample, completion in enumerate(done[i]):
+                    on_completion(i, sample, completion)
+
+        self._run([prompts[i] for i in some], requests, "generate", finish)
         return done
 
     def score(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
@@ -231,31 +246,45 @@ class VLLMEngine:
         params = self._vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True
         )
-        [output] = self._run([whole], [params], "score")
-        rows = output.prompt_logprobs
+        found: list[Any] = []
+        self._run([whole], [params], "score", lambda place, output: found.append(output))
+        rows = found[0].prompt_logprobs
         return [rows[len(prompt) + t][token].logprob for t, token in enumerate(completion)]
 
-    def _run(self, prompts: Sequence[Sequence[int]], params: list[Any], phase: str) -> list[Any]:
-        """Submit all, then step until every one is finished or the deadline passes."""
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: list[Any],
+        phase: str,
+        finish: Callable[[int, Any], None],
+    ) -> None:
+        """Submit all, then step until every one is finished or the deadline passes.
+
+        finish(index of the prompt, its output), in the order in which they end.
+        """
         if self._asleep:
             raise RolloutError(f"{phase}: the engine is asleep; call wake() or sync() first")
         if not prompts:
-            return []
+            return
         begin = time.monotonic()
         engine = self._llm.llm_engine
-        self._llm.enqueue([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        done: list[Any] = []
+        ids = self._llm.enqueue(
+            [{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False
+        )
+        # Outputs are named "7", what was enqueued "7" or "7-random", as vLLM's version has it.
+        place = {request.partition("-")[0]: i for i, request in enumerate(ids)}
         while engine.has_unfinished_requests():
-            done += [output for output in engine.step() if output.finished]
+            for output in engine.step():
+                if output.finished:
+                    finish(place.pop(output.request_id), output)
             if time.monotonic() - begin > self.deadline and engine.has_unfinished_requests():
                 waiting = list(engine.output_processor.request_states)
                 engine.abort_request(waiting, internal=True)
+                done = len(prompts) - len(place)
                 raise RolloutError(
-                    f"{phase}: {len(done)} of {len(prompts)} prompts finished within the deadline "
+                    f"{phase}: {done} of {len(prompts)} prompts finished within the deadline "
                     f"of {self.deadline:g} s; the rest was aborted"
                 )
-        # Finished in any order; request ids count up in the order of submission.
-        return sorted(done, key=lambda output: int(output.request_id))
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load (name, tensor) pairs with Hugging Face names; then forget cached keys and values.
@@ -267,7 +296,7 @@ class VLLMEngine:
         begin = time.monotonic()
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        pairs = _complete(weights, self._names, self._tied)
+        pairs = complete(weights, self._names, self._tied)
         with torch.no_grad():
             if self._in_process:
                 self._reload(weights_iterator=pairs)
@@ -340,44 +369,6 @@ class VLLMEngine:
 
             cleanup_dist_env_and_memory()
         gc.collect()
-
-
-def _weight_names(model_path: str) -> tuple[set[str], dict[str, str]]:
-    """The model's parameters, and {name that shares: name it shares with} such as
-    lm_head.weight: model.embed_tokens.weight.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-    return {name for name, _ in model.named_parameters()}, dict(model.all_tied_weights_keys)
-
-
-def _complete(
-    weights: Iterable[tuple[str, Tensor]], names: set[str], tied: dict[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, and every tied name that they leave out, as `named_parameters()` does.
-
-    vLLM's CPU head keeps a packed copy of its weight: a reload that does not name the head leaves
-    it stale, tied or not. Raises RolloutError at the end when any other name did not come.
-    """
-    missing, absent = dict(tied), set(names)
-    shared: dict[str, Tensor] = {}
-    for name, tensor in weights:
-        missing.pop(name, None)
-        absent.discard(name)
-        if name in tied.values():
-            shared[name] = tensor.detach()
-        yield name, tensor.detach()
-    for name, source in missing.items():
-        if source in shared:
-            absent.discard(name)
-            yield name, shared[source]
-    if absent:
-        raise RolloutError(
-            f"sync: {len(absent)} of {len(names)} weights did not come and would be stale, "
-            f"the first is {min(absent)!r}"
-        )
 
 
 def _completion(output: Any, prompt: int) -> Completion:

@@ -15,12 +15,13 @@ from pyrl.tasks.protocol import (
     user_prompt,
 )
 from pyrl.tasks.registry import get_task, task_names
-from pyrl.tasks.scoring import Score, Scorer
+from pyrl.tasks.scoring import Pending, Score, Scorer
 
 __all__ = [
     "SPLITS",
     "LazyPrompts",
     "Mixture",
+    "Pending",
     "Prompt",
     "Score",
     "Scorer",

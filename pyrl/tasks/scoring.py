@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import pickle
-from collections.abc import Callable, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures.process import BrokenProcessPool
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
 from pyrl.tasks import worker
+from pyrl.tasks.pool import CallLost, NoProcess, Pool
 from pyrl.tasks.protocol import Prompt, Task
 from pyrl.tasks.registry import loaded_files
 
-if TYPE_CHECKING:
-    from pebble import ProcessFuture, ProcessPool
-
-T = TypeVar("T")
+#: Scorings that may wait for a process; `submit` waits for room when there are as many.
+WAITING = 1024
 
 #: What a pure check raises when it has a bug. In-process scoring loses the sample for these.
 CHECK_ERRORS = (
@@ -43,6 +41,25 @@ class Score:
     """The final answer, if it was asked for; None where the completion has none."""
     answer_error: str | None = None
     """Why it is not known whether, and what, the completion answers."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A scoring under way."""
+
+    future: Future[Any]
+
+    def result(self) -> Score:
+        """Waits for it. Never raises for what a reward did."""
+        return Score(*_result(self.future, "the reward", math.nan))
+
+
+def _result(future: Future[Any], what: str, missing: Any) -> tuple[Any, str | None]:
+    """(value, None), or `missing` and the reason."""
+    try:
+        return future.result()
+    except CallLost as error:
+        return missing, f"{what} {error}"
 
 
 class Scorer:
@@ -76,7 +93,8 @@ class Scorer:
         self.has_answers = callable(getattr(task, "answer", None))
         self._in_process = getattr(task, "trusted", False) is True
         self._payload = b"" if self._in_process else _pickled(task)
-        self._pool: ProcessPool | None = None
+        self._pool: Pool | None = None
+        self._starting = threading.Lock()
         self._closed = False
 
     def score(self, items: Sequence[tuple[Prompt, str]], *, answers: bool = False) -> list[Score]:
@@ -86,45 +104,43 @@ class Scorer:
         the same deadline, so that no reward depends on whether answers were asked for. A call that
         fails leaves `answer_error`. ValueError when the task has no method `answer`.
         """
-        if self._closed:
-            raise ValueError("this Scorer is closed")
-        if answers and not self.has_answers:
-            raise ValueError(f"task {self._task.name!r} has no method 'answer'")
-        if not items:
-            return []
+        self._check(answers)
+        pending = [self.submit(prompt, completion) for prompt, completion in items]
+        scores = [one.result() for one in pending]
+        return self.with_answers(items, scores) if answers else scores
+
+    def submit(self, prompt: Prompt, completion: str) -> Pending:
+        """Starts one scoring and does not wait for it: sampling goes on meanwhile. It does wait for
+        room where more than `WAITING` are open. May be called from any thread."""
+        self._check()
         if self._in_process:
-            scores = [self._score_here(prompt, completion) for prompt, completion in items]
+            return Pending(self._here("score", prompt, completion))
+        return Pending(self._started().submit("score", prompt, completion))
+
+    def with_answers(
+        self, items: Sequence[tuple[Prompt, str]], scores: Sequence[Score]
+    ) -> list[Score]:
+        """The scores of the items, with what the items answer; see `score`."""
+        self._check(answers=True)
+        if self._in_process:
+            told = [self._here("answer", *item) for item in items]
         else:
-            found = self._mapped(worker.score, items, "the reward", math.nan)
-            scores = [Score(*pair) for pair in found]
-        if not answers:
-            return scores
-        told = (
-            [self._answer_here(prompt, completion) for prompt, completion in items]
-            if self._in_process
-            else self._mapped(worker.answer, items, "the answer", None)
-        )
+            pool = self._started() if items else None
+            told = [pool.submit("answer", *item) for item in items] if pool else []
         return [
             replace(score, answer=answer, answer_error=error)
-            for score, (answer, error) in zip(scores, told, strict=True)
+            for score, (answer, error) in zip(
+                scores, (_result(one, "the answer", None) for one in told), strict=True
+            )
         ]
-
-    def _mapped(
-        self,
-        call: Callable[[Prompt, str], tuple[T, str | None]],
-        items: Sequence[tuple[Prompt, str]],
-        what: str,
-        missing: T,
-    ) -> list[tuple[T, str | None]]:
-        """`call` of every item in the processes; `missing` and the reason where it ended badly."""
-        pool = self._started()
-        futures = [pool.schedule(call, args=item, timeout=self._deadline) for item in items]
-        return [self._result(future, what, missing) for future in futures]
 
     def close(self) -> None:
         """Ends the processes, also in the middle of an item. May be called twice."""
         self._closed = True
-        self._stop()
+        with self._starting:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -137,67 +153,45 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _score_here(self, prompt: Prompt, completion: str) -> Score:
-        try:
-            return Score(*worker.judged(self._task.score(prompt, completion)))
-        except CHECK_ERRORS as error:
-            return Score(math.nan, worker.describe(error))
+    def _check(self, answers: bool = False) -> None:
+        if self._closed:
+            raise ValueError("this Scorer is closed")
+        if answers and not self.has_answers:
+            raise ValueError(f"task {self._task.name!r} has no method 'answer'")
 
-    def _answer_here(self, prompt: Prompt, completion: str) -> tuple[str | None, str | None]:
+    def _here(self, name: str, prompt: Prompt, completion: str) -> Future[Any]:
+        """The call in this process, made."""
+        future: Future[Any] = Future()
+        judge = worker.judged if name == "score" else worker.told
         try:
-            return worker.told(self._task.answer(prompt, completion))  # type: ignore[attr-defined]
+            future.set_result(judge(getattr(self._task, name)(prompt, completion)))
         except CHECK_ERRORS as error:
-            return None, worker.describe(error)
+            missing = math.nan if name == "score" else None
+            future.set_result((missing, worker.describe(error)))
+        return future
 
-    def _started(self) -> ProcessPool:
-        """The pool, after its processes have said that they can score."""
-        if self._pool is not None and self._pool.active:
+    def _started(self) -> Pool:
+        """The pool, of which one process has said that it can score."""
+        with self._starting:
+            if self._pool is not None:
+                return self._pool
+            try:
+                self._pool = Pool(
+                    worker.serve,
+                    (self._payload, loaded_files()),
+                    workers=self._workers,
+                    deadline=self._deadline,
+                    startup=self._startup,
+                    waiting=WAITING,
+                )
+            except NoProcess as error:
+                if error.problem is not None:
+                    raise RuntimeError(f"a scoring process cannot work: {error.problem}") from None
+                raise RuntimeError(
+                    f"scoring cannot start: the reward {error}. A script that trains must do so "
+                    "under `if __name__ == '__main__':`, because a scoring process imports it again"
+                ) from error
             return self._pool
-        self._stop()
-        import pebble
-
-        self._pool = pebble.ProcessPool(
-            max_workers=self._workers,
-            initializer=worker.start,
-            initargs=(self._payload, loaded_files()),
-            context=multiprocessing.get_context("spawn"),
-        )
-        try:
-            problem = self._pool.schedule(worker.problem).result(timeout=self._startup)
-        except (FutureTimeoutError, BrokenProcessPool, pebble.ProcessExpired) as error:
-            self._stop()
-            raise RuntimeError(
-                f"no scoring process started within {self._startup:g} s "
-                f"({type(error).__name__}). A script that trains must do so under "
-                "`if __name__ == '__main__':`, because a scoring process imports it again"
-            ) from error
-        except BaseException:
-            self._stop()
-            raise
-        if problem is not None:
-            self._stop()
-            raise RuntimeError(f"a scoring process could not load the task: {problem}")
-        return self._pool
-
-    def _stop(self) -> None:
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
-
-    def _result(
-        self, future: ProcessFuture[tuple[T, str | None]], what: str, missing: T
-    ) -> tuple[T, str | None]:
-        from pebble import ProcessExpired
-
-        error = future.exception()
-        if error is None:
-            return future.result()
-        if isinstance(error, (TimeoutError, FutureTimeoutError)):
-            return missing, f"{what} took longer than its {self._deadline:g} s"
-        if isinstance(error, ProcessExpired):
-            return missing, f"{what} ended its process: exit code {error.exitcode}"
-        return missing, worker.describe(error)
 
 
 def _pickled(task: Task) -> bytes:

@@ -13,6 +13,7 @@ import signal
 import struct
 import threading
 import traceback
+from multiprocessing.connection import Connection
 from typing import Any
 
 from pyrl.tasks.protocol import Prompt, Task
@@ -24,7 +25,7 @@ _problem: str | None = "the process was not started by pyrl.tasks.scoring"
 
 
 def start(payload: bytes, files: dict[str, str]) -> None:
-    """Prepares the process and loads the task; a failure is kept for `problem`."""
+    """Prepares the process and loads the task; a failure is kept."""
     global _task, _problem
     _die_with_parent()
     _own_group()
@@ -39,9 +40,22 @@ def start(payload: bytes, files: dict[str, str]) -> None:
         _problem = describe(error)
 
 
-def problem() -> str | None:
-    """Why the task could not be loaded, or None."""
-    return _problem
+def serve(connection: Connection, payload: bytes, files: dict[str, str]) -> None:
+    """The process: says whether it can work, then answers calls ("score" | "answer", prompt,
+    completion) until the pipe is closed."""
+    start(payload, files)
+    connection.send(None if _problem is None else f"it could not load the task: {_problem}")
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            name, prompt, completion = pickle.loads(message)
+        except BaseException as error:  # noqa: BLE001  a class that cannot be made here
+            connection.send((None, f"could not be received by its process: {describe(error)}"))
+            continue
+        connection.send(CALLS[name](prompt, completion))
 
 
 def score(prompt: Prompt, completion: str) -> tuple[float, str | None]:
@@ -62,6 +76,9 @@ def answer(prompt: Prompt, completion: str) -> tuple[str | None, str | None]:
         return told(_task.answer(prompt, completion))  # type: ignore[attr-defined]
     except BaseException as error:  # noqa: BLE001  whatever the task raises costs one answer
         return None, describe(error)
+
+
+CALLS = {"score": score, "answer": answer}
 
 
 def told(answer: Any) -> tuple[str | None, str | None]:

@@ -11,53 +11,64 @@ from typing import Any
 
 from pyrl.algorithms import Attempt, Group
 from pyrl.rollout import Completion, Rollout, SamplingParams
-from pyrl.tasks import Score, Scorer
+from pyrl.tasks import Pending, Score, Scorer
 from pyrl.trainer.data import EncodedPrompt
 from pyrl.trainer.evaluation_stats import Outcome, describe
 
 
-def score_groups(
-    scorer: Scorer,
-    tokenizer: Any,
-    prompts: Sequence[EncodedPrompt],
-    sampled: Sequence[Sequence[Completion]],
-) -> list[Group]:
-    """Decodes and scores what was sampled. A reward that is not finite is lost: NaN, a reason."""
-    return _scored(scorer, tokenizer, prompts, sampled, answers=False)[0]
+class Scoring:
+    """Completions decoded and scored as they come from the engine: pass the object to
+    `Rollout.generate` as on_completion, and most are scored when the last one is sampled.
+
+    waited: seconds that sampling stood still for it, decoding and a full queue included.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: Any, prompts: Sequence[EncodedPrompt]) -> None:
+        self._scorer, self._tokenizer, self._prompts = scorer, tokenizer, prompts
+        self._found: dict[tuple[int, int], tuple[str, Pending]] = {}
+        self.waited = 0.0
+
+    def __call__(self, prompt: int, sample: int, completion: Completion) -> None:
+        """Starts the scoring of one."""
+        begin = time.perf_counter()
+        text = self._tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        pending = self._scorer.submit(self._prompts[prompt].prompt, text)
+        self._found[prompt, sample] = text, pending
+        self.waited += time.perf_counter() - begin
+
+    def groups(
+        self, sampled: Sequence[Sequence[Completion]], *, answers: bool = False
+    ) -> tuple[list[Group], list[Score]]:
+        """The groups, and the scores that they are made of, in the same order. Waits for what is
+        not scored yet. A reward that is not finite is lost: NaN, and a reason."""
+        found = [[self._found[i, j] for j in range(len(row))] for i, row in enumerate(sampled)]
+        scores = [pending.result() for row in found for _, pending in row]
+        if answers:
+            rows = zip(self._prompts, found, strict=True)
+            items = [(prompt.prompt, text) for prompt, row in rows for text, _ in row]
+            scores = self._scorer.with_answers(items, scores)
+        rest = iter(scores)
+        groups = []
+        for prompt, completions, row in zip(self._prompts, sampled, found, strict=True):
+            attempts = [
+                _attempt(completion, text, next(rest))
+                for completion, (text, _) in zip(completions, row, strict=True)
+            ]
+            one = prompt.prompt
+            groups.append(Group(one.id, one.text, prompt.tokens, attempts, domain=one.domain))
+        return groups, scores
 
 
-def _scored(
-    scorer: Scorer,
-    tokenizer: Any,
-    prompts: Sequence[EncodedPrompt],
-    sampled: Sequence[Sequence[Completion]],
-    answers: bool,
-) -> tuple[list[Group], list[Score]]:
-    """The groups, and the scores that they were made of, in the same order."""
-    texts = [[tokenizer.decode(c.tokens, skip_special_tokens=True) for c in row] for row in sampled]
-    pairs = [(p.prompt, t) for p, row in zip(prompts, texts, strict=True) for t in row]
-    found = scorer.score(pairs, answers=answers)
-    scores = iter(found)
-    groups = []
-    for prompt, completions, row in zip(prompts, sampled, texts, strict=True):
-        attempts = []
-        for completion, text in zip(completions, row, strict=True):
-            score = next(scores)
-            finite = math.isfinite(score.reward)
-            error = score.error or (None if finite else f"the reward is {score.reward}")
-            attempts.append(
-                Attempt(
-                    tokens=completion.tokens,
-                    logprobs=completion.logprobs,
-                    finish_reason=completion.finish_reason,
-                    text=text,
-                    reward=float(score.reward) if finite else float("nan"),
-                    error=error,
-                )
-            )
-        one = prompt.prompt
-        groups.append(Group(one.id, one.text, prompt.tokens, attempts, domain=one.domain))
-    return groups, found
+def _attempt(completion: Completion, text: str, score: Score) -> Attempt:
+    finite = math.isfinite(score.reward)
+    return Attempt(
+        tokens=completion.tokens,
+        logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        text=text,
+        reward=float(score.reward) if finite else math.nan,
+        error=score.error or (None if finite else f"the reward is {score.reward}"),
+    )
 
 
 def interval(rewards: Sequence[Sequence[float]], seed: int = 0) -> dict[str, float]:
@@ -117,12 +128,15 @@ def evaluate(
     """
     on_phase("sample")
     begin = time.perf_counter()
-    sampled = engine.generate([p.tokens for p in prompts], params, seed=seed)
+    scoring = Scoring(scorer, tokenizer, prompts)
+    tokens = [p.tokens for p in prompts]
+    sampled = engine.generate(tokens, params, seed=seed, on_completion=scoring)
     on_phase("score")
     middle = time.perf_counter()
     told = scorer.has_answers
-    groups, scores = _scored(scorer, tokenizer, prompts, sampled, answers=told)
-    seconds = {"sample": middle - begin, "score": time.perf_counter() - middle}
+    groups, scores = scoring.groups(sampled, answers=told)
+    end, waited = time.perf_counter(), scoring.waited
+    seconds = {"sample": middle - begin - waited, "score": end - middle + waited}
 
     rest = iter(scores)
     rows = [[next(rest) for _ in group.attempts] for group in groups]

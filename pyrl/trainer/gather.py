@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pyrl.algorithms import Attempt, Draw, Group, PilotResult, Place, accepted_weights
 from pyrl.packing import Sample
 from pyrl.trainer.data import derive_seed
-from pyrl.trainer.evaluate import score_groups
+from pyrl.trainer.evaluate import Scoring
 from pyrl.trainer.gradient_norms import gradient_norms
 
 if TYPE_CHECKING:
@@ -61,15 +61,18 @@ def sample(session: Session, step: int, draws: Sequence[Draw], purpose: str) -> 
     """A group for every draw."""
     parts = session.parts
     prompts = [parts.prompts.at(draw.place) for draw in draws]
+    scoring = Scoring(parts.scorer, parts.policy.tokenizer, prompts)
     with session.clock("sample"):
         completions = parts.engine.generate(
             [prompt.tokens for prompt in prompts],
             session.setting.params,
             seed=derive_seed(session.config.train.seed, step, purpose),
             counts=[draw.count for draw in draws],
+            on_completion=scoring,
         )
+    session.clock.move(scoring.waited, "sample", "score")
     with session.clock("score"):
-        groups = score_groups(parts.scorer, parts.policy.tokenizer, prompts, completions)
+        groups, _ = scoring.groups(completions)
     weights = [draw.weight for draw in draws]
     config = session.setting.config
     if config.budget.prompt_weight == "inverse_accepted":

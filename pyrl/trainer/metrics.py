@@ -48,6 +48,11 @@ class Clock:
                 torch.cuda.synchronize()
             self.seconds[phase] += time.perf_counter() - start
 
+    def move(self, seconds: float, source: str, phase: str) -> None:
+        """Counts seconds that fell into `source` towards `phase`."""
+        self.seconds[source] -= seconds
+        self.seconds[phase] += seconds
+
 
 def peak_rss_mib() -> float:
     """Largest resident memory of this process so far."""

@@ -324,10 +324,10 @@ def test_nothing_to_quantize(folders):
 
 def test_nothing_is_stale_in_vllm(folders):
     """What the vLLM engine demands of a sync: every name, the tied head included."""
-    from pyrl.rollout.vllm_engine import _complete, _weight_names
+    from pyrl.rollout.vllm_weights import complete, weight_names
 
     policy = load(folders())
-    names = {name for name, _ in _complete(policy.named_weights(), *_weight_names(folders()))}
+    names = {name for name, _ in complete(policy.named_weights(), *weight_names(folders()))}
     assert names == {*AutoModelForCausalLM.from_pretrained(folders()).state_dict()}
 
 

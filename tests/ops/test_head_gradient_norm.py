@@ -35,7 +35,8 @@ def plain(hidden, weight, target, bounds, *, bias=None, mask=None, temperature=1
           logit_scale=1.0, dtype=None):  # fmt: skip
     """One autograd pass a sequence in `dtype` (float64), or as plain torch has it in the inputs'.
 
-    Also, for each, the norm of what it is a sum of: the root of the sum of squares over tokens.
+    Also, for each, the norm of what it is a sum of. A token's dL/dz is p - e_y, two terms that
+    cancel where the token is certain: the root of the sum over tokens of |∇(e_y·z)|² is that size.
     """
     hidden, weight, bias = (
         v if v is None or dtype is None else v.to(dtype) for v in (hidden, weight, bias)
@@ -43,21 +44,21 @@ def plain(hidden, weight, target, bounds, *, bias=None, mask=None, temperature=1
     mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
     weight = weight.detach().requires_grad_()
 
-    def gradient(index):
+    def gradient(index, normalised=True):
         z = torch.nn.functional.linear(hidden[index], weight, bias)
         z = (z if dtype else z.float()) * logit_scale
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         t = temperature[index, None] if isinstance(temperature, torch.Tensor) else temperature
-        logp = (z / t).log_softmax(-1).gather(1, target[index, None])
-        return torch.autograd.grad(-logp.sum(), weight)[0].double()
+        z = (z / t).log_softmax(-1) if normalised else z / t
+        chosen = z.gather(1, target[index, None])
+        return torch.autograd.grad(-chosen.sum(), weight)[0].double()
 
     norms = []
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         index = torch.arange(begin, end, device=target.device)
         index = index[mask[index]]
-        # Of a vocabulary of one, δ = p - 1 is the difference of two ones.
-        terms = [gradient(i[None]) if len(weight) > 1 else hidden[i].double() for i in index]
-        parts = torch.stack([term.norm() for term in terms] or [torch.zeros(())])
+        terms = [gradient(i[None], normalised=False).norm() for i in index]
+        parts = torch.stack(terms or [torch.zeros(())])
         norms.append((gradient(index).norm(), parts.norm()))
     norm, size = (torch.stack(v) for v in zip(*norms, strict=True))
     return norm, size

@@ -357,3 +357,27 @@ def test_on_a_gpu(tmp_path, dtype):
     for prompt, [c] in zip(prompts, engine.generate(prompts, greedy, seed=1), strict=True):
         scored = engine.score(prompt, c.tokens)
         assert max(abs(a - b) for a, b in zip(scored, c.logprobs, strict=True)) <= tolerance
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_completion_is_told_when_it_ends(tiny_policy, workers):
+    """Once each, the shorter ones first, and what is raised there ends the sampling."""
+    policy, prompts = tiny_policy(), ragged((5, 30, 1, 12))
+    params = SamplingParams(n=3, max_new_tokens=20, stop_token_ids=STOPS)
+    engine = make_rollout(policy=policy, workers=workers)
+    told = []
+    groups = engine.generate(prompts, params, seed=2, counts=[2, 3, 0, 3],
+                             on_completion=lambda *found: told.append(found))  # fmt: skip
+    assert groups == engine.generate(prompts, params, seed=2, counts=[2, 3, 0, 3])
+    assert sorted(told, key=lambda found: found[:2]) == [
+        (i, j, completion) for i, group in enumerate(groups) for j, completion in enumerate(group)
+    ]
+    if workers == 1:
+        lengths = [len(completion.tokens) for _, _, completion in told]
+        assert lengths == sorted(lengths) and len(set(lengths)) > 1
+
+    def refuse(*found):
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        engine.generate(prompts, params, seed=2, on_completion=refuse)

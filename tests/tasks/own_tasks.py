@@ -222,3 +222,10 @@ class Scoreless:
 
 
 not_a_class = 3
+
+
+class Number(Good):
+    """The reward is the number that the completion says."""
+
+    def score(self, prompt, completion):
+        return float(completion)

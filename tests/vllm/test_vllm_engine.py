@@ -178,6 +178,16 @@ def test_every_prompt_has_its_count(engine):
         engine.generate(prompts, params, seed=4, counts=[1] * 3)
 
 
+def test_each_completion_is_told_when_its_prompt_ends(engine):
+    prompts, told = ragged((4, 9, 3), seed=8), []
+    params = SamplingParams(n=2, max_new_tokens=30, stop_token_ids=STOPS)
+    groups = engine.generate(prompts, params, seed=4, counts=[2, 0, 3],
+                             on_completion=lambda *found: told.append(found))  # fmt: skip
+    assert sorted(told, key=lambda found: found[:2]) == [
+        (i, j, completion) for i, group in enumerate(groups) for j, completion in enumerate(group)
+    ]
+
+
 def test_every_sync_brings_the_trainers_weights(engine, policy):
     prompts = ragged((12, 50, 100))  # longer than a cache block: stale prefixes would show
     params = SamplingParams(n=2, max_new_tokens=20, temperature=0.7)
