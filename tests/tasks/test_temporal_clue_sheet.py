@@ -1,12 +1,9 @@
 """Answer sheets: what is read, what it scores; the prompt; the command."""
 
-import random
-import time
 
 import pytest
 
-from pyrl.tasks.temporal_clue.prompt import answers, render
-from pyrl.tasks.temporal_clue.sheet import LONGEST_ANSWER, perfect_sheet, read_sheet, score_sheet
+from pyrl.tasks.temporal_clue.sheet import LONGEST_ANSWER, read_sheet, score_sheet
 
 ANSWERS = {"A": "Ada Thornbury", "B": "11:30 PM", "C": "Map Room", "D": "Fire Poker"}
 PERFECT = "A. Ada Thornbury\nB. 11:30 PM\nC. Map Room\nD. Fire Poker"
@@ -24,7 +21,7 @@ PERFECT = "A. Ada Thornbury\nB. 11:30 PM\nC. Map Room\nD. Fire Poker"
         ("A. Ada Thornbury.", 0.25, 0.0),
         ("A. ada  THORNBURY", 0.25, 0.0),
         ("**A.** Ada Thornbury\n**B. 11:30 pm**", 0.5, 0.0),
-        ("- `A. Ada Thornbury`\n> **C**. \"Map Room\"", 0.5, 0.25),
+        ('- `A. Ada Thornbury`\n> **C**. "Map Room"', 0.5, 0.25),
         ("* A. [Ada Thornbury]\n  D.Fire Poker", 0.5, 0.0),
         ("A. “Ada Thornbury”", 0.25, 0.0),
         ("A. Hugo Pembroke\nA. Ada Thornbury", 0.25, 0.25),  # the last one counts

@@ -102,7 +102,7 @@ def workers(monkeypatch):
 
 def test_seeds_without_a_new_puzzle_are_counted_and_replaced(tmp_path, workers):
     workers("mixed")
-    progress = write(tmp_path / "x", 4, level="mini", workers=2, deadline=5)
+    progress = write(tmp_path / "x", 4, level="mini", workers=2, deadline=2)
     assert (tmp_path / "x").read_text() == "0\n3\n6\n7\n"
     counted = (progress.failed, progress.repeated, progress.late, progress.mean_seconds)
     assert counted == (2, 1, 1, 0.5)
@@ -187,9 +187,10 @@ def test_a_file_is_split_by_key(file):
     assert task.answer(prompt, sheet) == ";".join(f"{k}={v}" for k, v in read_sheet(sheet).items())
     assert task.answer(prompt, "A. x") is None or len(one.answers) == 1
     limited = get_task("temporal_clue", data=str(file), limit=2, legacy=True)
-    assert limited.prompts("train")[:] == get_task("temporal_clue", data=str(file)).prompts(
-        "train"
-    )[:2]
+    assert (
+        limited.prompts("train")[:]
+        == get_task("temporal_clue", data=str(file)).prompts("train")[:2]
+    )
     assert limited.score(prompt, sheet) == score_sheet(one.answers, sheet, legacy=True)
     clone = pickle.loads(pickle.dumps(task))
     assert clone.score(prompt, sheet) == 1 and len(pickle.dumps(task)) < 300

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", default="0", metavar="S", help="the first seed (default: 0)")
     parser.add_argument(
         "--level", default="published", metavar="L",
-        help="mini, … or published: sizes as in the published sets (default)",
+        help="mini, easy, medium, hard, or published: sizes as in the published sets (default)",
     )  # fmt: skip
     parser.add_argument("--workers", default="1", metavar="W", help="processes (default: 1)")
     parser.add_argument(
@@ -49,10 +49,13 @@ def run(args: argparse.Namespace) -> int:
     """Writes, verifies, reports; the exit status."""
     from rich.console import Console
 
+    from pyrl.tasks.temporal_clue.generate import LEVELS
+
     count, seed = _whole("count", args.count, 1), _whole("seed", args.seed, 0)
     workers, checks = _whole("workers", args.workers, 1), _whole("verify", args.verify, 0)
     deadline = _seconds("deadline", args.deadline)
-    _level(args.level)
+    if args.level not in LEVELS:
+        raise ValueError(f"--level {args.level}: expected one of {', '.join(LEVELS)}")
     if checks > count:
         raise ValueError(f"--verify {checks}: there are only {count} puzzles (--count)")
     if args.out.is_dir():
@@ -67,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     except KeyboardInterrupt:
         part = part_file(args.out, seed, args.level)
-        messages.print(f"what is done is in {part}; the same command goes on from there")
+        messages.print(
+            f"what is done is in {part}; the same command goes on from there", soft_wrap=True
+        )
         raise
     records = read(args.out)
     _print_summary(out, records, progress, args.out)
@@ -77,13 +82,6 @@ def run(args: argparse.Namespace) -> int:
 
         out.print(f"report: {write_report(records, args.report)[-1].parent}", soft_wrap=True)
     return 1 if wrong else 0
-
-
-def _level(level: str) -> None:
-    from pyrl.tasks.temporal_clue.generate import LEVELS
-
-    if level not in LEVELS:
-        raise ValueError(f"--level {level}: expected one of {', '.join(LEVELS)}")
 
 
 def _whole(flag: str, text: str, least: int) -> int:
@@ -150,7 +148,9 @@ def _print_summary(
             f"{PUBLISHED[name]:,g}",
         )  # fmt: skip
     table.add_row("perfect sheet", f"{found['perfect']:.3f}", "", "", "")
-    table.add_row("by the public scorer", f"{found['legacy']:.3f}", "", "", PUBLISHED["legacy"])
+    table.add_row(
+        "by the public scorer", f"{found['legacy']:.3f}", "", "", str(PUBLISHED["legacy"])
+    )
     console.print(table)
     new = progress.puzzles - progress.resumed
     line = f"{new:,} made in {progress.seconds:.1f} s, {progress.mean_seconds:.2f} s each"

@@ -18,17 +18,19 @@ ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Level:
-    """A class of puzzles: sizes of nights; most and fewest questions of a puzzle."""
+    """A class of puzzles: sizes of nights; most and fewest questions, and most clues, of one."""
 
     sizes: Sizes
     most: int = 8
     fewest: int = 1
+    clues: int | None = None  # no limit
 
 
 #: "published" is the distribution of the published sets. "mini" is its smallest class: 2 suspects,
-#: weapons and rooms, 1 or 2 times, no motives or one each.
+#: weapons and rooms, 1 or 2 times, no motives or one each, its clues and questions less than 250
+#: tokens of SmolLM2.
 LEVELS: dict[str, Level] = {
-    "mini": Level(Sizes(players=(1, 1)), most=4, fewest=2),
+    "mini": Level(Sizes(players=(1, 1)), most=4, fewest=2, clues=5),
     "easy": Level(Sizes(players=(1, 2))),
     "medium": Level(Sizes(players=(3, 4))),
     "hard": Level(Sizes(players=(5, 6))),
@@ -68,16 +70,19 @@ def generate(seed: int, level: str = "published") -> Puzzle:
         raise ValueError(f"seed={seed!r}: expected an integer")
     if level not in LEVELS:
         raise ValueError(f"level={level!r}: expected one of {', '.join(LEVELS)}")
+    of = LEVELS[level]
     for attempt in range(ATTEMPTS):
         rng = random.Random(f"temporal clue {level} {seed} {attempt}")
-        world = draw_world(rng, LEVELS[level].sizes)
+        world = draw_world(rng, of.sizes)
         rank = {fact: bias + rng.random() for fact, bias in candidates(rng, world)}
         try:
             clues = minimise(world, sorted(rank, key=rank.__getitem__))
         except Undecided:
             continue
-        questions = ask(rng, world, clues, LEVELS[level].most)
-        if len(questions) >= LEVELS[level].fewest:
+        if of.clues is not None and len(clues) > of.clues:
+            continue
+        questions = ask(rng, world, clues, of.most)
+        if len(questions) >= of.fewest:
             rng.shuffle(clues)
             return Puzzle(seed, level, world, tuple(clues), tuple(questions))
     raise ValueError(f"seed={seed}, level={level!r}: no puzzle in {ATTEMPTS} attempts")

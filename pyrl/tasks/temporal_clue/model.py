@@ -266,15 +266,14 @@ class Nights:
 
     def _carried(self, kind: str, *args: int) -> list[list[int]]:
         *named, time, a, b = args
+        carrier = self._role(kind, tuple(named))[0]
+        weapon: tuple = ("piece", len(self._world.suspects) + named[-1])
         if kind == "carried_murder_weapon":
             carrier, weapon = ("piece", named[0]), ("murder_weapon",)
-        else:
-            carrier = self._role(kind, tuple(named))[0]
-            weapon = ("piece", len(self._world.suspects) + named[-1])
         return self._fact_moved(carrier, time, a, b) + self._fact_moved(weapon, time, a, b)
 
     def _beside(self, direction: str, piece: int, other: int, time: int) -> list[list[int]]:
-        clauses = []
+        clauses: list[list[int]] = []
         for room, there in enumerate(self._at[other][time]):
             here = self._world.beside(room, direction)
             clauses.append([-there - 1] + ([] if here is None else [self._at[piece][time][here]]))
@@ -288,11 +287,11 @@ class Nights:
         Of those it is one in which the first fact of `rather` holds, if any such is; of those one
         in which the second holds, and so on. Undecided if CP-SAT reaches its limit.
         """
-        must = [clause for fact in must for clause in self.clauses(fact)]
+        known = [clause for fact in must for clause in self.clauses(fact)]
         wishes = [self.clauses(fact) for fact in rather]  # may add variables, hence before the copy
         model = self._model.clone()
         proto = model.proto
-        for clause in must:
+        for clause in known:
             proto.constraints.add().bool_or.literals.extend(clause)
         # Decisions in this order, each true first: what is false at the end was implied by those
         # before it. Presolve would also fix variables whose value is merely possible.

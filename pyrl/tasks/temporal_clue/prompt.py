@@ -36,8 +36,8 @@ def render(puzzle: Puzzle) -> str:
         "What is certain:\n" + "\n".join(f"- {rule}" for rule in rules(world)),
         "The clues, all of them true:\n" + "\n".join(clues),
         "The questions:\n" + "\n".join(questions),
-        "There is exactly one solution. After your reasoning, give the answers one per line, each "
-        "as its letter, a full stop and the answer alone, spelled as above:\n"
+        "There is exactly one solution. End with the answers, one per line: the letter, a full "
+        "stop and the answer alone, spelled as above.\n"
         + "\n".join(f"{LETTERS[i]}. answer" for i in range(len(questions))),
     ]
     return "\n\n".join(sections)
@@ -53,14 +53,15 @@ def rules(world: World) -> list[str]:
             f"The murderer was the only suspect in the room of the murder. {victim} and the murder "
             "weapon were there too.",
         ]
+    first, second = world.times[:2]
     return [
         f"At each of these times every suspect, every weapon and {victim} was in exactly one room.",
-        f"From one time to the next, each suspect and {victim} either stayed in the same room or "
-        "went to a room directly north, south, east or west of it.",
+        f"From one time to the next, each suspect and {victim} stayed in the same room or went to "
+        "the next one north, south, east or west.",
         "A weapon changed rooms only together with a suspect who made the same move. To have "
         "carried it means to have made that move with it.",
-        f'"Moved from one room to another at {world.times[1]}" means: was in the one at '
-        f"{world.times[0]}, and in the other at {world.times[1]}.",
+        f'"Moved at {second}" means: was in the first room at {first} and in the second at '
+        f"{second}.",
         "The murderer was the only suspect in the room of the murder at the time of the murder. "
         f"{victim} and the murder weapon were there too.",
         f"From the time of the murder on, {victim} stayed in that room.",

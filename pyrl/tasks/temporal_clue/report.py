@@ -17,7 +17,7 @@ from pyrl.tasks.temporal_clue.store import SIZES, Record
 
 #: Means of the published sets; the public scorer's value of a perfect sheet.
 PUBLISHED = {"clues": 29.0, "questions": 6.7, "characters": 4100.0, "legacy": 0.926}
-OURS, THEIRS, QUIET = "#2563c9", "#c2570c", "#5b6472"
+OURS, DARK, THEIRS, QUIET = "#2563c9", "#0b2a5c", "#c2570c", "#5b6472"
 #: Column of the table -> what of a record it counts.
 COUNTS = ("clues", "questions", "characters")
 
@@ -134,9 +134,10 @@ def _distribution(axes: Any, name: str, values: Sequence[int]) -> None:
         1, math.ceil((high - low + 1) / 28)
     )  # whole numbers a bar, so none is twice as full
     edges = [low - 0.5 + width * i for i in range((high - low) // width + 2)]
-    axes.hist(values, bins=edges, color=OURS, alpha=0.85, rwidth=0.9)
+    axes.hist(values, bins=edges, color=OURS, alpha=0.7, rwidth=0.9)
     mean = statistics.fmean(values)
-    axes.axvline(mean, color=OURS, linewidth=1.6, label=f"mean {mean:,.1f}")
+    shown = f"{mean:,.0f}" if mean >= 1000 else f"{mean:,.1f}"
+    axes.axvline(mean, color=DARK, linewidth=1.8, label=f"mean {shown}")
     if name in PUBLISHED:
         theirs = PUBLISHED[name]
         label = f"published mean {theirs:,g}"
@@ -158,11 +159,8 @@ def _by_suspects(axes: Any, records: Sequence[Record]) -> None:
         spread = [x + 0.26 * (2 * ((i * 0.618) % 1) - 1) for i in range(len(values))]
         axes.scatter(spread, values, s=9, color=OURS, alpha=0.35, linewidths=0)
     medians = [statistics.median(groups[x]) for x in places]
-    axes.plot(places, medians, color=THEIRS, marker="o", markersize=4, linewidth=1.6)
-    axes.annotate(
-        "median", (places[-1], medians[-1]), xytext=(0, 8), textcoords="offset points",
-        ha="right", fontsize=8, color=THEIRS,
-    )  # fmt: skip
+    axes.plot(places, medians, color=THEIRS, marker="o", markersize=4, label="median")
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
     axes.set_ylim(bottom=0)
     axes.set_xticks(places)
     _style(axes, "Clues", "by number of suspects")

@@ -117,7 +117,7 @@ def parse(line: bytes | str) -> Record:
         "clues": list, "questions": list, "world": dict,
     }  # fmt: skip
     for name, kind in kinds.items():
-        if not isinstance(content.get(name), kind):
+        if type(content.get(name)) is not kind:  # True is no whole number
             problem = f"is {content[name]!r:.40}" if name in content else "is missing"
             raise ValueError(f"{name!r} {problem}; expected {_ENGLISH[kind]}")
     for name in ("key", "prompt"):

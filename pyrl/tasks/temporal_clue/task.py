@@ -12,8 +12,6 @@ from pyrl.tasks.temporal_clue.sheet import read_sheet, score_sheet
 
 #: Numbers of puzzles that are drawn without `data`.
 TRAIN, HELDOUT = 256, 64
-#: Seeds for one puzzle; at most about one in a hundred gives none.
-SEEDS = 20
 
 
 class TemporalClue:
@@ -52,9 +50,9 @@ class TemporalClue:
         self._cache: dict[tuple[str, int], Prompt] = {}
         self._splits: dict[str, Sequence[Prompt]] = {}
         if data is None:
-            from pyrl.tasks.temporal_clue.write import check_level
+            from pyrl.tasks.temporal_clue.write import check_generator
 
-            check_level(level)
+            check_generator(level)
             sizes = {"train": train or TRAIN, "heldout": heldout or HELDOUT}
             for split in SPLITS:
                 self._splits[split] = self._drawn(split, sizes[split], level, seed)  # type: ignore[arg-type]
@@ -119,14 +117,9 @@ class TemporalClue:
         from pyrl.tasks.temporal_clue.generate import generate
         from pyrl.tasks.temporal_clue.store import record
 
-        for _ in range(SEEDS):
-            seed = rng.getrandbits(40)
-            try:
-                found = record(generate(seed, level))
-            except (ValueError, RuntimeError):
-                continue  # no puzzle in this seed
-            return self._prompt(f"{level}-{seed}", found.prompt, dict(found.answers), found.key)
-        raise ValueError(f"level={level!r}: {SEEDS} seeds in a row gave no puzzle")
+        seed = rng.getrandbits(40)
+        found = record(generate(seed, level))
+        return self._prompt(f"{level}-{seed}", found.prompt, dict(found.answers), found.key)
 
 
 def _first(prompts: Sequence[Prompt], limit: int) -> Sequence[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -80,7 +81,7 @@ def write(
         raise ValueError(f"seed={seed}: expected at least 0")
     if not deadline > 0:
         raise ValueError(f"deadline={deadline}: expected seconds > 0")
-    check_level(level)
+    check_generator(level)
     target, part = Path(path), part_file(path, seed, level)
     if target.is_dir():
         raise ValueError(f"{target} is a folder; expected a file to write")
@@ -128,12 +129,14 @@ def part_file(path: str | os.PathLike[str], seed: int, level: str) -> Path:
     return target.with_name(f".{target.name}.{level}-{seed}.part")
 
 
-def check_level(level: str) -> None:
-    """Raises ValueError unless the generator has the level."""
+def check_generator(level: str) -> None:
+    """Raises ValueError unless puzzles of the level can be generated here."""
     from pyrl.tasks.temporal_clue.generate import LEVELS
 
     if level not in LEVELS:
         raise ValueError(f"level={level!r}: expected one of {', '.join(LEVELS)}")
+    if importlib.util.find_spec("ortools") is None:
+        raise ValueError('no package ortools, which makes the puzzles: pip install "pyrl[tasks]"')
 
 
 def _resumed(part: Path, seed: int, level: str) -> list[Record]:
@@ -220,6 +223,6 @@ def _make(seed: int, level: str) -> _Made:
     start = time.monotonic()
     try:
         found = record(generate(seed, level))
-    except (ValueError, RuntimeError):  # the generator found no puzzle in this seed
+    except ValueError:  # the generator found no puzzle in this seed
         return _Made(None)
     return _Made(found.line(), found.key, time.monotonic() - start)
