@@ -28,9 +28,11 @@ class Level:
 
 #: "published" is the distribution of the published sets. "mini" is its smallest class: 2 suspects,
 #: weapons and rooms, 1 or 2 times, no motives or one each, its clues and questions less than 250
-#: tokens of SmolLM2.
+#: tokens of SmolLM2. "2x2" is it at one time: nobody moves, and a network of some hundred thousand
+#: parameters can learn it.
 LEVELS: dict[str, Level] = {
     "mini": Level(Sizes(players=(1, 1)), most=4, fewest=2, clues=5),
+    "2x2": Level(Sizes(players=(1, 1), times=1), most=4, fewest=2),
     "easy": Level(Sizes(players=(1, 2))),
     "medium": Level(Sizes(players=(3, 4))),
     "hard": Level(Sizes(players=(5, 6))),
