@@ -27,6 +27,7 @@ FULL, FEW, BEFORE = "full pool", "16 puzzles", "warm start"
 ARMS: dict[str, dict[str, str]] = {FULL: {}, FEW: {"task.options.limit": "16"}}
 #: Sizes at which nothing is shown.
 QUICK = {
+    "model.name": "pyrl.repro.clue_model:quick_folder",
     "train.steps": "2",
     "rollout.prompts_per_step": "2",
     "rollout.n": "4",
@@ -84,12 +85,11 @@ def read(summary: dict[str, Any], rows: list[dict[str, Any]]) -> Run:
             within = {key: row[f"heldout_{key}"] for key in ("mean", "low", "high")}
             found.append((row["step"], within))
     found.append((rows[-1]["step"], summary["heldout_after"]))
-    return Run(
-        [step for step, _ in found],
-        *(rounded([each[key] for _, each in found], 4) for key in ("mean", "low", "high")),
-        rounded([row["reward_mean"] for row in rows], 4),
-        summary["seconds"],
+    mean, low, high = (
+        rounded([each[key] for _, each in found], 4) for key in ("mean", "low", "high")
     )
+    reward = rounded([row["reward_mean"] for row in rows], 4)
+    return Run([step for step, _ in found], mean, low, high, reward, summary["seconds"])
 
 
 def temporal_clue(seeds: int, quick: bool) -> Result:

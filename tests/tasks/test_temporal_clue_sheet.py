@@ -1,6 +1,5 @@
 """Answer sheets: what is read, what it scores; the prompt; the command."""
 
-
 import pytest
 
 from pyrl.tasks.temporal_clue.sheet import LONGEST_ANSWER, read_sheet, score_sheet

@@ -48,8 +48,8 @@ class TemporalClue:
         None for all of the file, or 256 and 64 drawn ones; seed: decides which are drawn; limit:
         only the first that many training puzzles; legacy: score as the public scorer, for which
         times are never right; style: "full", a chat in plain English, or "compact", a bare text of
-        names, clues and questions, for models that know nothing else; system: the system message,
-        None for none of our own, which a bare text cannot have.
+        names, clues and questions, with the same few names in all puzzles, for tiny models; system:
+        the system message, None for none of our own; a bare text cannot have one.
         """
         for option, number in (("train", train), ("heldout", heldout), ("limit", limit)):
             if number is not None and number < 1:
@@ -98,9 +98,11 @@ class TemporalClue:
         id = f"{record.level}-{record.seed}"
         data = {"answers": dict(record.answers), "key": record.key}
         if self.style == "compact":
-            from pyrl.tasks.temporal_clue.compact import render_compact
+            from pyrl.tasks.temporal_clue.compact import renamed, render_compact
+            from pyrl.tasks.temporal_clue.prompt import answers
 
-            return Prompt(id, render_compact(record.puzzle()), data)
+            puzzle = renamed(record.puzzle())
+            return Prompt(id, render_compact(puzzle), data | {"answers": answers(puzzle)})
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return Prompt(id, (*system, {"role": "user", "content": record.prompt}), data)
 
