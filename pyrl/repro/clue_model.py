@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from pyrl.models import pyrl_cache_dir
 from pyrl.models.files import quiet_transformers, whole_folder
 from pyrl.ops.linear_logprob import linear_logprob
 from pyrl.tasks.generated import side
-from pyrl.tasks.temporal_clue import names
 from pyrl.tasks.temporal_clue.canonical import key
 from pyrl.tasks.temporal_clue.compact import renamed, render_compact
 from pyrl.tasks.temporal_clue.generate import Puzzle, generate
@@ -31,12 +30,9 @@ _LOG = logging.getLogger("pyrl")
 
 _VERSION = 1  # of what is written below; part of the folder's name
 LEVEL = "2x2"
-POOLS = (names.SUSPECTS, names.WEAPONS, names.ROOMS, names.MOTIVES)
-#: What shorthand says in two words: one token each.
-PHRASES = ("murder weapon", *(f"{way} of" for way in ("north", "south", "west", "east")))
 UNKNOWN, END = "<unknown>", "<end>"
-#: The times that a puzzle of one time can have, and whatever else is one token.
-_REST = r"\d+:\d\d [AP]M|[A-Z]\.|\w+|\n|[^\w\s]"
+#: A letter with its full stop; a line, or what follows the letter, with the new line.
+_TOKEN = r"[A-Z]\.(?= )|[^\n ][^\n]*\n?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +44,9 @@ class Recipe:
     heads: int = 4
     puzzles: int = 1000
     """Of the training side; some are the same but for names and order."""
-    steps: int = 600
-    batch: int = 32
-    lr: float = 4e-3
+    steps: int = 200
+    batch: int = 64
+    lr: float = 2e-3
     warmup: int = 50
     seed: int = 0
 
@@ -77,8 +73,8 @@ def quick_folder() -> Path:
 def make(folder: Path, recipe: Recipe = Recipe()) -> None:
     """Writes the warm-started model with its tokenizer, a function of the recipe."""
     puzzles = training_puzzles(recipe.puzzles)
-    texts = [(render_compact(p), perfect_sheet(answers(p))) for p in puzzles]
-    tokenizer = word_tokenizer(text for pair in texts for text in pair)
+    texts = [(render_compact(p), perfect_sheet(answers(p)) + "\n") for p in puzzles]
+    tokenizer = line_tokenizer(text for pair in texts for text in pair)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = random_model(len(tokenizer), tokenizer.eos_token_id, recipe)
@@ -94,50 +90,40 @@ def training_puzzles(count: int) -> list[Puzzle]:
     return list(itertools.islice(ours, count))
 
 
-def word_tokenizer(texts: Iterator[str] | Sequence[str]) -> Any:
-    """A tokenizer of whole words: a name, a phrase, a time, a letter with its full stop, a word, a
-    mark or a new line is a token; between them decoding puts spaces, which sheets may have."""
+def line_tokenizer(texts: Iterable[str]) -> Any:
+    """A tokenizer for which a whole clue, question or answer is one token, with its new line: there
+    is nothing to read, only to deduce. What `texts` lack is unknown, word by word.
+
+    Decoding puts a space between tokens; a sheet may have it.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    known = [*(name for pool in POOLS for name in pool), names.VICTIM, *PHRASES]
-    # The longest first: "Who was motivated by" before "was motivated by".
-    pattern = "|".join([*map(re.escape, sorted(known, key=len, reverse=True)), _REST])
-    found = {token for text in texts for token in re.findall(pattern, text)}
-    vocabulary = [UNKNOWN, END, *sorted(found | set(known))]
+    found = {token for text in texts for token in re.findall(_TOKEN, text)}
+    vocabulary = [UNKNOWN, END, *sorted(found)]
+    pattern = "|".join([*map(re.escape, sorted(found, key=len, reverse=True)), r"\w+|[^\w\s]"])
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocabulary)}, UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END, pad_token=END,
-        clean_up_tokenization_spaces=False, model_max_length=512,
+        clean_up_tokenization_spaces=False, model_max_length=256,
     )  # fmt: skip
 
 
 def random_model(vocabulary: int, end: int, recipe: Recipe) -> Any:
-    """A random Llama that can attend to equal tokens and copy them from the start.
-
-    Queries are keys, so that a token attends to its equals (RoPE aside), and values go back as they
-    came: W_k = W_q, W_o = W_v^T, W_v a rotation times 0.7 (mimetic initialisation, arXiv
-    2305.09828). From the usual random weights, finding out how to copy takes most of the training.
-    """
+    """A random Llama in float32. Its embeddings are large beside its other weights: the head is
+    tied to them, and equal tokens should find each other from the start."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width = recipe.width
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads, max_position_embeddings=512, tie_word_embeddings=True,
-        initializer_range=0.05, bos_token_id=None, eos_token_id=end, pad_token_id=end,
+        num_key_value_heads=recipe.heads, max_position_embeddings=256, tie_word_embeddings=True,
+        initializer_range=0.02, bos_token_id=None, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config).float()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(0, width**-0.5)
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            attention.k_proj.weight.copy_(attention.q_proj.weight.normal_(0, width**-0.5))
-            rotation = torch.linalg.qr(torch.randn(width, width))[0]
-            attention.v_proj.weight.copy_(0.7 * rotation)
-            attention.o_proj.weight.copy_(0.7 * rotation.T)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
     return model
 
 

@@ -6,10 +6,11 @@ import torch
 from pyrl.models import load_policy
 from pyrl.repro import clue_model, temporal_clue
 from pyrl.repro.claim import Result, Verdict
-from pyrl.tasks import get_task
 from pyrl.tasks.generated import side
 from pyrl.tasks.temporal_clue.canonical import key
-from pyrl.tasks.temporal_clue.sheet import perfect_sheet
+from pyrl.tasks.temporal_clue.compact import render_compact
+from pyrl.tasks.temporal_clue.prompt import answers
+from pyrl.tasks.temporal_clue.sheet import perfect_sheet, score_sheet
 
 SMALL = clue_model.Recipe(width=16, layers=1, heads=2, puzzles=12, steps=3, batch=4, warmup=2)
 
@@ -22,24 +23,29 @@ def small(tmp_path_factory):
     return folder
 
 
-def test_sheets_survive_the_tokenizer(small):
+def test_a_line_is_a_token_and_sheets_survive():
+    texts = [
+        (render_compact(puzzle), perfect_sheet(answers(puzzle)) + "\n")
+        for puzzle in clue_model.training_puzzles(20)
+    ]
+    tokenizer = clue_model.line_tokenizer(text for pair in texts for text in pair)
+    for puzzle, (shown, sheet) in zip(clue_model.training_puzzles(20), texts, strict=True):
+        asked = len(puzzle.questions)
+        lines = tokenizer.encode(shown)
+        assert len(lines) == shown.count("\n") + asked  # letters of questions are tokens
+        assert len(tokenizer.encode(sheet)) == 2 * asked
+        assert tokenizer.unk_token_id not in [*lines, *tokenizer.encode(sheet)]
+        decoded = tokenizer.decode(tokenizer.encode(sheet), skip_special_tokens=True)
+        assert score_sheet(answers(puzzle), decoded) == 1
+    strange = tokenizer.encode("A hitherto unseen text.")
+    assert strange == [tokenizer.unk_token_id] * 5
+
+
+def test_a_made_model_loads_and_ends_where_sheets_end(small):
     policy = load_policy(str(small))
-    tokenizer = policy.tokenizer
-    task = get_task("temporal_clue", level="2x2", style="compact", train=8, heldout=2)
-    for prompt in (*task.prompts("train"), *task.prompts("heldout")):
-        sheet = perfect_sheet(prompt.data["answers"])
-        tokens = tokenizer.encode(sheet)
-        assert len(tokens) == 3 * len(prompt.data["answers"]) - 1  # letter, name, new line
-        assert tokenizer.unk_token_id not in tokens
-        assert task.score(prompt, tokenizer.decode(tokens, skip_special_tokens=True)) == 1
-        assert len(tokenizer.encode(prompt.text)) < 130
-    assert policy.model.generation_config.eos_token_id == tokenizer.eos_token_id
-
-
-def test_every_name_and_phrase_is_a_token(small):
-    tokenizer = load_policy(str(small)).tokenizer
-    for text in [*clue_model.names.SUSPECTS[:2], *clue_model.PHRASES, "12:00 AM", "A.", "\n"]:
-        assert len(tokenizer.encode(text)) == 1, text
+    end = policy.tokenizer.eos_token_id
+    assert policy.model.generation_config.eos_token_id == end
+    assert policy.tokenizer.convert_ids_to_tokens(end) == clue_model.END
 
 
 def test_the_same_recipe_makes_the_same_model(small, tmp_path):
