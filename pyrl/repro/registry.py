@@ -69,7 +69,7 @@ MINIATURES: dict[str, Miniature] = {
     "temporal-clue": Miniature(
         "pyrl.repro.temporal_clue:temporal_clue",
         "held-out accuracy on small puzzles, learned from 16 of them or from many",
-        seeds=3,
+        seeds=4,
     ),
     "smollm2": Miniature(
         "pyrl.repro.smollm2:compare",
