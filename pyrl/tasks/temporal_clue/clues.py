@@ -26,15 +26,14 @@ def candidates(rng: random.Random, world: World) -> list[Candidate]:
     the murder weapon; at most k moves, 0.1, the murderer's 0.2; carried weapons 0.2, about the
     murderer or the murder weapon 0.35; at most k pairs in neighbouring rooms, 0.2.
     """
-    known = list(places(world))
-    direct = [(fact, -0.2) for fact in solution(world)]
-    direct += known
+    direct: list[Candidate] = [(fact, -0.2) for fact in solution(world)]
+    direct += places(world)
     direct += [(fact, 0.0) for fact in motives(world)]
     k = 2 * round(len(direct) / 6)
     drawn = [
         *direct,
-        *_exclusive(rng, world, known, k),
-        *_equivalent(rng, world, known, k // 2),
+        *_exclusive(rng, world, k),
+        *_equivalent(rng, world, k // 2),
         *islice(_meetings(rng, world), k),
         *islice(_moves(rng, world), k),
         *_carriages(world),
@@ -83,42 +82,37 @@ def places(world: World) -> Iterator[Candidate]:
             yield from _told(world, piece, time, room)
 
 
-def _place(rng: random.Random, world: World, known: list[Candidate], true: bool) -> Candidate:
-    """A random place, or a random place with a wrong room that makes it false."""
-    while True:
-        fact, bias = rng.choice(known)
-        if not true:
-            fact = (*fact[:-1], rng.randrange(len(world.rooms)))
-        if holds(fact, world) == true:
-            return fact, bias
+def _drawn(rng: random.Random, world: World, n: int, true: bool) -> list[Candidate]:
+    """n places, piece by piece, in random order of pieces and of a piece's times; if not `true`,
+    each with one wrong room for the piece and the time, and none that is true all the same."""
+    drawn: list[Candidate] = []
+    for piece in _shuffled(rng, range(len(world.paths))):
+        for time in _shuffled(rng, _times(world)):
+            room = world.paths[piece][time]
+            if not true:
+                room = rng.choice([other for other in _rooms(world) if other != room])
+            told = _told(world, piece, time, room)
+            drawn += [place for place in told if holds(place[0], world) == true]
+    return drawn[:n]
 
 
-def _pairs(
-    rng: random.Random, world: World, known: list[Candidate], n: int, first: bool, second: bool
-) -> Iterator[tuple[Fact, Fact, float]]:
-    """n pairs of places, true or false as `first` and `second` say, in random order, never twice
-    the same place; with the mean of their biases."""
-    while n:
-        f, g = (_place(rng, world, known, true) for true in (first, second))
-        if f[0] != g[0]:
-            f, g = (g, f) if rng.random() < 0.5 else (f, g)
-            yield f[0], g[0], (f[1] + g[1]) / 2
-            n -= 1
+def _exclusive(rng: random.Random, world: World, n: int) -> Iterator[Candidate]:
+    pairs = zip(
+        _shuffled(rng, _drawn(rng, world, n, True)),
+        _shuffled(rng, _drawn(rng, world, n, False)),
+        strict=False,  # there may be fewer false ones
+    )
+    for (f, bias), (g, other) in pairs:
+        f, g = (g, f) if rng.random() < 0.5 else (f, g)
+        yield ("xor", f, g), (bias + other) / 2 + 0.1
 
 
-def _exclusive(
-    rng: random.Random, world: World, known: list[Candidate], n: int
-) -> Iterator[Candidate]:
-    for f, g, bias in _pairs(rng, world, known, n, True, False):
-        yield ("xor", f, g), bias + 0.1
-
-
-def _equivalent(
-    rng: random.Random, world: World, known: list[Candidate], n: int
-) -> Iterator[Candidate]:
+def _equivalent(rng: random.Random, world: World, n: int) -> Iterator[Candidate]:
     for true in (True, False):
-        for f, g, bias in _pairs(rng, world, known, n, true, true):
-            yield ("iff", f, g), bias + 0.2
+        first, second = (_drawn(rng, world, n, true) for _ in range(2))
+        for (f, bias), (g, other) in zip(first, second, strict=False):
+            if f != g:
+                yield ("iff", f, g), (bias + other) / 2 + 0.2
 
 
 def _meetings(rng: random.Random, world: World) -> Iterator[Candidate]:
