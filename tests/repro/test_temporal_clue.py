@@ -5,7 +5,7 @@ import torch
 
 from pyrl.models import load_policy
 from pyrl.repro import clue_model, temporal_clue
-from pyrl.repro.claim import Result, Verdict
+from pyrl.repro.claim import Verdict
 from pyrl.tasks.generated import side
 from pyrl.tasks.temporal_clue.canonical import key
 from pyrl.tasks.temporal_clue.compact import render_compact
@@ -24,12 +24,11 @@ def small(tmp_path_factory):
 
 
 def test_a_line_is_a_token_and_sheets_survive():
-    texts = [
-        (render_compact(puzzle), perfect_sheet(answers(puzzle)) + "\n")
-        for puzzle in clue_model.training_puzzles(20)
-    ]
+    puzzles = clue_model.training_puzzles(20)
+    texts = [(render_compact(puzzle), perfect_sheet(answers(puzzle)) + "\n") for puzzle in puzzles]
     tokenizer = clue_model.line_tokenizer(text for pair in texts for text in pair)
-    for puzzle, (shown, sheet) in zip(clue_model.training_puzzles(20), texts, strict=True):
+    assert {side(key(puzzle)) for puzzle in puzzles} == {"train"}
+    for puzzle, (shown, sheet) in zip(puzzles, texts, strict=True):
         asked = len(puzzle.questions)
         lines = tokenizer.encode(shown)
         assert len(lines) == shown.count("\n") + asked  # letters of questions are tokens
@@ -57,11 +56,6 @@ def test_the_same_recipe_makes_the_same_model(small, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_it_learns_from_training_puzzles_only():
-    puzzles = clue_model.training_puzzles(20)
-    assert {side(key(puzzle)) for puzzle in puzzles} == {"train"}
-
-
 def test_the_folder_is_made_once_and_whole(monkeypatch, tmp_path):
     monkeypatch.setenv("PYRL_CACHE", str(tmp_path))
 
@@ -77,14 +71,6 @@ def test_the_folder_is_made_once_and_whole(monkeypatch, tmp_path):
     made = clue_model.folder()
     monkeypatch.setattr(clue_model, "make", broken)
     assert clue_model.folder() == made and (made / "a").is_file()
-
-
-def test_a_quick_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRL_CACHE", str(tmp_path))
-    result = temporal_clue.temporal_clue(1, True)
-    assert Result.from_dict(result.to_dict()) == result
-    assert {result.verdict(claim) for claim in result.claims} == {Verdict.UNDECIDED}
-    assert result.charts[0].lines[0].x == [0, 1, 2] and len(result.tables[0].rows) == 2
 
 
 def test_the_arms_differ_in_the_pool_only():
@@ -106,3 +92,22 @@ def test_what_a_run_says():
     run = temporal_clue.read(summary, rows)
     assert run.steps == [0, 1, 2] and run.accuracy == [0.5, 0.6, 0.75]
     assert run.low == [0.4, 0.5, 0.65] and run.reward == [0.4, 0.5]
+
+
+def test_claims_and_charts_come_from_the_runs():
+    def run(end, reward):
+        return temporal_clue.Run([0, 10, 20], [0.6, 0.7, end], [0.5] * 3, [0.9] * 3, reward, 1.0)
+
+    runs = {
+        temporal_clue.FULL: [run(0.8 + i / 100, [0.5] * 20) for i in range(4)],
+        temporal_clue.FEW: [run(0.4 + i / 99, [0.9] * 20) for i in range(4)],
+    }
+    result = temporal_clue._result(runs, temporal_clue.configuration(temporal_clue.FULL, 0))
+    found = [result.verdict(claim) for claim in result.claims]
+    assert found == [Verdict.AGREES, Verdict.DISAGREES, Verdict.AGREES]
+    heldout, training = result.charts
+    assert heldout.lines[0].x == [0, 10, 20] and heldout.lines[0].y[1] == [0.6, 0.7, 0.81]
+    assert training.lines[1].x == [5.5, 15.5] and training.lines[1].y[0] == [0.9, 0.9]
+    assert result.tables[0].rows[0] == [
+        "full pool", "0", "0.600 [0.500, 0.900]", "0.800 [0.500, 0.900]", "1"
+    ]  # fmt: skip
