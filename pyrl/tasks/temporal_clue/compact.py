@@ -23,7 +23,9 @@ def renamed(puzzle: Puzzle) -> Puzzle:
         "suspects": names.SUSPECTS, "weapons": names.WEAPONS, "rooms": names.ROOMS,
         "motives": names.MOTIVES,
     }  # fmt: skip
-    given = {field: pool[: len(getattr(world, field))] for field, pool in pools.items()}
+    given: dict[str, Any] = {
+        field: pool[: len(getattr(world, field))] for field, pool in pools.items()
+    }
     new = {
         old: name
         for field, pool in given.items()
