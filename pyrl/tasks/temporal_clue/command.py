@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", default="0", metavar="S", help="the first seed (default: 0)")
     parser.add_argument(
         "--level", default="published", metavar="L",
-        help="mini, easy, medium, hard, or published: sizes as in the published sets (default)",
+        help="mini, 2x2, easy, medium, hard, published: sizes as in the published sets (default)",
     )  # fmt: skip
     parser.add_argument("--workers", default="1", metavar="W", help="processes (default: 1)")
     parser.add_argument(

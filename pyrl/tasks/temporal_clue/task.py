@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyrl.tasks.generated import generated, side
 from pyrl.tasks.protocol import SPLITS, LazyPrompts, Prompt, Split, check_split
 from pyrl.tasks.temporal_clue.sheet import read_sheet, score_sheet
 
+if TYPE_CHECKING:
+    from pyrl.tasks.temporal_clue.store import Record
+
 #: Numbers of puzzles that are drawn without `data`.
 TRAIN, HELDOUT = 256, 64
+#: How puzzles are shown.
+STYLES = ("full", "compact")
 
 
 class TemporalClue:
-    """Prompts: a murder, its clues and lettered questions; see `prompt.render`.
+    """Prompts: a murder, its clues and lettered questions; see `prompt.render`, `render_compact`.
 
     Reward: (questions answered right) / (questions), on lines `A. answer`; see `sheet`. Puzzles
     that are the same but for names (`canonical.key`) are always in the same split: a key's side is
@@ -35,18 +40,25 @@ class TemporalClue:
         seed: int = 0,
         limit: int | None = None,
         legacy: bool = False,
+        style: str = "full",
         system: str | None = None,
     ) -> None:
         """data: JSONL file of `pyrl puzzles`; None draws puzzles of `level` when they are asked
         for; level: of the drawn puzzles, see `generate.LEVELS`; train, heldout: numbers of puzzles,
         None for all of the file, or 256 and 64 drawn ones; seed: decides which are drawn; limit:
         only the first that many training puzzles; legacy: score as the public scorer, for which
-        times are never right; system: the system message, None for none of our own.
+        times are never right; style: "full", a chat in plain English, or "compact", a bare text of
+        names, clues and questions, with the same few names in all puzzles, for tiny models; system:
+        the system message, None for none of our own; a bare text cannot have one.
         """
         for option, number in (("train", train), ("heldout", heldout), ("limit", limit)):
             if number is not None and number < 1:
                 raise ValueError(f"{option}={number}: expected at least 1")
-        self.legacy, self.system = legacy, system
+        if style not in STYLES:
+            raise ValueError(f"style={style!r}: expected one of {', '.join(STYLES)}")
+        if style == "compact" and system is not None:
+            raise ValueError(f"system={system!r}: style 'compact' is a bare text, not a chat")
+        self.legacy, self.style, self.system = legacy, style, system
         self._cache: dict[tuple[str, int], Prompt] = {}
         self._splits: dict[str, Sequence[Prompt]] = {}
         if data is None:
@@ -80,21 +92,26 @@ class TemporalClue:
 
     def __getstate__(self) -> dict[str, Any]:
         """Scoring reads the prompt only: the puzzles stay here."""
-        return {"legacy": self.legacy, "system": self.system, "_cache": {}, "_splits": {}}
+        return vars(self) | {"_cache": {}, "_splits": {}}
 
-    def _prompt(self, id: str, text: str, answers: dict[str, str], key: str) -> Prompt:
+    def _prompt(self, record: Record) -> Prompt:
+        id = f"{record.level}-{record.seed}"
+        data = {"answers": dict(record.answers), "key": record.key}
+        if self.style == "compact":
+            from pyrl.tasks.temporal_clue.compact import renamed, render_compact
+            from pyrl.tasks.temporal_clue.prompt import answers
+
+            puzzle = renamed(record.puzzle())
+            return Prompt(id, render_compact(puzzle), data | {"answers": answers(puzzle)})
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = (*system, {"role": "user", "content": text})
-        return Prompt(id, messages, {"answers": answers, "key": key})
+        return Prompt(id, (*system, {"role": "user", "content": record.prompt}), data)
 
     def _stored(self, data: str, sizes: dict[str, int | None]) -> dict[str, Sequence[Prompt]]:
         from pyrl.tasks.temporal_clue.store import read
 
         found: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
         for record in read(data):
-            there = found[side(record.key)]
-            id = f"{record.level}-{record.seed}"
-            there.append(self._prompt(id, record.prompt, dict(record.answers), record.key))
+            found[side(record.key)].append(self._prompt(record))
         for split, size in sizes.items():
             if size is not None and size > len(found[split]):
                 raise ValueError(f"{split}={size}: {data} has {len(found[split])} such puzzles")
@@ -117,9 +134,7 @@ class TemporalClue:
         from pyrl.tasks.temporal_clue.generate import generate
         from pyrl.tasks.temporal_clue.store import record
 
-        seed = rng.getrandbits(40)
-        found = record(generate(seed, level))
-        return self._prompt(f"{level}-{seed}", found.prompt, dict(found.answers), found.key)
+        return self._prompt(record(generate(rng.getrandbits(40), level)))
 
 
 def _first(prompts: Sequence[Prompt], limit: int) -> Sequence[Prompt]:

@@ -75,11 +75,13 @@ class Sizes:
     """How large and how lively a night is. With p = U{players[0]…players[1]}:
 
     W = max(2, min(p + U{−1…5}, ⌊2.125p⌋, 8)), S = min(W + U{0…W−1}, ⌊2.5p⌋, 10),
-    R = min(S + U{0…S−2}, 3p, 17), T = U{1…2p}; with probability `unique` each suspect has his own
-    motive, else each draws one of U{1…S} motives. Fewer than two motives drawn: no motives.
+    R = min(S + U{0…S−2}, 3p, 17), T = U{1…min(2p, times)}; with probability `unique` each
+    suspect has his own motive, else each draws one of U{1…S} motives. Fewer than two motives drawn:
+    no motives.
     """
 
     players: tuple[int, int] = (1, 6)
+    times: int = 12  # most
     unique: float = 0.5
     move: float = 0.5  # probability that a character leaves his room at a time
     carry: float = 0.8  # probability that a weapon goes with its holder who leaves
@@ -97,6 +99,8 @@ def draw_world(rng: random.Random, sizes: Sizes = Sizes()) -> World:
     low, high = sizes.players
     if not 1 <= low <= high:
         raise ValueError(f"players={sizes.players}: expected 1 <= lowest <= highest")
+    if sizes.times < 1:
+        raise ValueError(f"times={sizes.times}: expected at least 1")
     for _ in range(NIGHTS):
         world = _night(rng, rng.randint(low, high), sizes)
         if world is not None:
@@ -108,7 +112,7 @@ def _night(rng: random.Random, players: int, sizes: Sizes) -> World | None:
     n_weapons = max(2, min(players + rng.randint(-1, 5), int(2.125 * players), 8))
     n_suspects = min(n_weapons + rng.randint(0, n_weapons - 1), int(2.5 * players), 10)
     n_rooms = min(n_suspects + rng.randint(0, n_suspects - 2), 3 * players, 17)
-    n_times = rng.randint(1, 2 * players)
+    n_times = rng.randint(1, min(2 * players, sizes.times))
     unique = rng.random() < sizes.unique
     n_motives = n_suspects if unique else rng.randint(1, n_suspects)
     columns = rng.choice((math.isqrt(n_rooms), math.isqrt(n_rooms - 1) + 1))  # floor, ceil of root
