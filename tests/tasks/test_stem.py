@@ -175,7 +175,7 @@ def test_choices(text):
 
 def test_an_option_without_its_unit():
     options = ["4.571 ohm", "4 ohm", "5 m", "5 km", "3.35 A"]
-    wanted = {"4.571": 0, "4.571 Ω": 0, "4 ohms": 1, "5": None, "5 km": 3, "5000 m": 3, 
+    wanted = {"4.571": 0, "4.571 Ω": 0, "4 ohms": 1, "5": None, "5 km": 3, "5000 m": 3,
               "4.57": None, "67/20": None, "4 kg": None, "3.35": 4, "4 or 5": None}  # fmt: skip
     for text, index in wanted.items():
         assert chosen(rf"\boxed{{{text}}}", options) == index, text
