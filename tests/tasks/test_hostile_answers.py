@@ -52,7 +52,8 @@ NUMBER = [
     # The value, unfinished or otherwise written.
     (boxed("40+2"), 0), (boxed("84/2"), 0), (boxed(r"\sqrt{1764}"), 0), (boxed("x=42"), 1),
     (boxed("x=y=42"), 1), (boxed("40+2=42"), 1), (boxed("43=42"), 0), (boxed("42 halves"), 0),
-    (boxed("42 tenths"), 0), (boxed("42 point five"), 0), (boxed("42 less one"), 0), (boxed("42=42"), 1), (boxed("42.0"), 1),
+    (boxed("42 tenths"), 0), (boxed("42 point five"), 0), (boxed("42 less one"), 0),
+    (boxed("42=42"), 1), (boxed("42.0"), 1),
     (boxed("042"), 1), (boxed("+42"), 1), (boxed("-42"), 0), (boxed("--42"), 0), (boxed("42%"), 1),
     (boxed("4200%"), 0), (boxed("42!"), 0), (boxed(r"42\text{ apples, or more}"), 0),
     (boxed(r"\{42\}"), 0), (boxed("[42]"), 0), (boxed("(42, 0)"), 0), (boxed("42 million"), 0),

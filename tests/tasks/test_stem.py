@@ -161,7 +161,8 @@ CHOSEN = {
     "The answer is C.": 2, "Answer: (B) water": 1, "answer: A dog": 0, "The answer is: **D**": 3,
     "The answer is A or B": None, "I think it is (D).": 3, "B": 1, "D) H2O": 3, "C.": 2,
     "A good guess": None, "b": None, "no idea": None, "": None,
-    r"\boxed{{C}}": 2, r"\boxed{option c}": 2, r"\boxed{the option (c)}": 2, r"\boxed{14/2}": None, "#### B": 1,
+    r"\boxed{{C}}": 2, r"\boxed{option c}": 2, r"\boxed{the option (c)}": 2, "#### B": 1,
+    r"\boxed{14/2}": None,
 }  # fmt: skip
 
 
@@ -174,8 +175,8 @@ def test_choices(text):
 
 def test_an_option_without_its_unit():
     options = ["4.571 ohm", "4 ohm", "5 m", "5 km", "3.35 A"]
-    wanted = {"4.571": 0, "4.571 Ω": 0, "4 ohms": 1, "5": None, "5 km": 3, "5000 m": 3, "4.57": None,
-              "67/20": None, "4 kg": None, "3.35": 4, "4 or 5": None}  # fmt: skip
+    wanted = {"4.571": 0, "4.571 Ω": 0, "4 ohms": 1, "5": None, "5 km": 3, "5000 m": 3,
+              "4.57": None, "67/20": None, "4 kg": None, "3.35": 4, "4 or 5": None}  # fmt: skip
     for text, index in wanted.items():
         assert chosen(rf"\boxed{{{text}}}", options) == index, text
 
@@ -244,7 +245,8 @@ def test_kelvin_is_exact():
         ("266", "MB", "266 megabytes", True), ("266", "MB", "266000 KB", True),
         ("6", "m/s^2", "6 meters per second squared", True), ("6", "m/s^2", "6 m/s²", True),
         ("6", "m/s^2", "6 meters per second cubed", False), ("2", "m^3", "2 cubic meters", True),
-        ("4.2", "kJ", "4.2 kJ/(kg K)", False), ("12", "", "12!", False), ("12", "", "12 - 5", False),
+        ("4.2", "kJ", "4.2 kJ/(kg K)", False), ("12", "", "12!", False),
+        ("12", "", "12 - 5", False),
         ("12", "", "12, 13", False), ("13", "", "13^2", False), ("2", "mol", "2 mol of CO2", True),
     ],
 )  # fmt: skip

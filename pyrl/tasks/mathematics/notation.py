@@ -112,7 +112,8 @@ def number(squeezed: str) -> Number | None:
 
     Integers and decimals with thousands separators (1,234 or 1 234), a/b, \frac{a}{b}, \frac12,
     mixed numbers (2 1/2, 2\frac{1}{2}), (-1)/3, -(1/3), scientific notation (1.5e3,
-    1.5 \times 10^{3}), each with a sign, a percent sign or a unit, which is ignored ("5 cm", "5 million" is a million times 5).
+    1.5 \times 10^{3}), each with a sign, a percent sign or a unit, which is ignored
+    ("5 cm", "5 million" is a million times 5).
     Sums, powers, roots and factorials are no numbers that are written out.
     """
     while len(squeezed) > 1 and (squeezed[0] + squeezed[-1]) in ("()", "{}"):

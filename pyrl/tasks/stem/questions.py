@@ -257,9 +257,9 @@ def strand(rng: random.Random) -> Question:
     text = (
         f"A DNA strand reads {bases}. What does the other strand read, base by base in this order?"
     )
-    others = [" ".join(other), "-".join(other), f"5'-{other}-3'", f"3'-{other}-5'",
-              f"5' {other} 3'", f"3' {other} 5'"]  # fmt: skip
-    return Question(text, other, "", [bases, other[::-1], other.replace("T", "U")], others)
+    ends = [f"{a}'{dash}{other}{dash}{8 - a}'" for a in (3, 5) for dash in ("-", " ")]
+    wrong = [bases, other[::-1], other.replace("T", "U")]
+    return Question(text, other, "", [*wrong], [" ".join(other), "-".join(other), *ends])
 
 
 def codons(rng: random.Random) -> Question:
@@ -290,9 +290,8 @@ def gametes(rng: random.Random) -> Question:
 def organelle(rng: random.Random) -> Question:
     """What does what in a cell"""
     task = rng.choice(list(CELL))
-    return Question(f"Which part of a cell {task}?", CELL[task], "",
-                    [c for c in CELL.values() if c != CELL[task]],
-                    SPELLINGS.get(CELL[task], []))  # fmt: skip
+    name, wrong = CELL[task], [c for c in CELL.values() if c != CELL[task]]
+    return Question(f"Which part of a cell {task}?", name, "", [*wrong], SPELLINGS.get(name, []))
 
 
 # Earth and space
@@ -318,9 +317,9 @@ def planet(rng: random.Random) -> Question:
 def layer(rng: random.Random) -> Question:
     """Layers of Earth and air"""
     what = rng.choice(list(EARTH))
-    wrong: list[Fraction | int | str] = [e for e in EARTH.values() if e != EARTH[what]]
-    return Question(f"Which layer of the Earth or its atmosphere {what}?", EARTH[what], "", wrong,
-                    SPELLINGS.get(EARTH[what], []))  # fmt: skip
+    name, wrong = EARTH[what], [e for e in EARTH.values() if e != EARTH[what]]
+    text = f"Which layer of the Earth or its atmosphere {what}?"
+    return Question(text, name, "", [*wrong], SPELLINGS.get(name, []))
 
 
 def drift(rng: random.Random) -> Question:
