@@ -19,6 +19,7 @@ from pyrl.trainer.charts import CHARTS, UNPLOTTED, Chart, finite, label
 from pyrl.trainer.console import duration, number
 from pyrl.trainer.curves import write_curves
 from pyrl.trainer.html import safe_text
+from pyrl.trainer.recipe import tomllib
 from pyrl.trainer.samples_view import prompt_text, reward_range, sample_view
 from pyrl.trainer.tracking import RunFolder, RunRecord, write_atomic
 
@@ -67,9 +68,13 @@ def _with_shares(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _charts(record: RunRecord) -> list[Chart]:
-    """`CHARTS`, then one for every other number in the metrics, so that a new metric is seen the
-    day it is logged."""
-    known = {key for chart in CHARTS for key, _ in chart.series} | UNPLOTTED
+    """`CHARTS`, after the reward that of a mixture's domains, and one for every other number in the
+    metrics, so that a new metric is seen the day it is logged."""
+    rewards = tuple((f"reward_{domain}", domain) for domain in _domains(record))
+    charts = list(CHARTS)
+    if rewards:
+        charts.insert(1, Chart("Reward by domain", rewards, "mean of the step's completions"))
+    known = {key for chart in charts for key, _ in chart.series} | UNPLOTTED
     keys = dict.fromkeys(k for m in record.metrics for k in m if k not in known)
     extra = [
         Chart(key.replace("_", " "), ((key, key),))
@@ -77,7 +82,15 @@ def _charts(record: RunRecord) -> list[Chart]:
         if not key.startswith(("seconds_", "heldout_"))
         and any(finite(m.get(key)) is not None for m in record.metrics)
     ]
-    return [*CHARTS, *extra]
+    return [*charts, *extra]
+
+
+def _domains(record: RunRecord) -> list[str]:
+    """Of the mixture, in the recipe's order; none for a single task or an unreadable recipe."""
+    try:
+        return list(tomllib.loads(record.config).get("task", {}).get("mix", {}))
+    except (tomllib.TOMLDecodeError, AttributeError, TypeError):
+        return []
 
 
 def _heldout(record: RunRecord) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -141,3 +141,15 @@ def test_a_gap_lifts_the_pen() -> None:
     line = [(0.0, 0.0), (1.0, math.nan), (2.0, 1.0), (3.0, 0.0)]
     path = charts.svg_path(line, charts.Steps(0, 3), charts.Axis([0.0, 1.0], zero=True))
     assert path == "M0.00 100.00M66.67 4.76L100.00 100.00"
+
+
+def test_the_rewards_of_domains_are_one_chart(tmp_path):
+    run = RunFolder(tmp_path / "run").make()
+    run.write_config('[task.mix.code]\n[task.mix.logic]\ntask = "letters"\n')
+    for step in range(1, 21):
+        rewards = {"reward_logic": step / 20, "reward_code": 0.5 - step / 40, "reward_mean": 0.5}
+        run.append_metrics({"step": step, **rewards})
+    page = write_report(run.path).read_text()
+    assert "reward logic" not in page
+    chart = page[page.index("Reward by domain") :]
+    assert chart.index("code") < chart.index("logic")
