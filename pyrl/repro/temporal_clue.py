@@ -97,17 +97,20 @@ def temporal_clue(seeds: int, quick: bool) -> Result:
     jobs = [(arm, seed) for seed in range(seeds) for arm in ARMS]
     configs = [configuration(arm, seed, quick) for arm, seed in jobs]
     model_folder(configs[0].model.name)  # made once, before anyone needs it
-    if quick:
+    workers = 1 if quick else min(os.cpu_count() or 1, len(configs))
+    if workers == 1:
         runs = [run(config) for config in configs]
     else:
         # Each on one thread: the same numbers on every machine, whatever runs beside it.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count() or 1, context, torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
             runs = list(pool.map(run, configs))
     found: dict[str, list[Run]] = {arm: [] for arm in ARMS}
     for (arm, _), each in zip(jobs, runs, strict=True):
         found[arm].append(each)
-    return _result(found, configs[0])
+    result = _result(found, configs[0])
+    result.conditions = {"threads": f"with {workers} runs at a time, each on one thread"}
+    return result
 
 
 def _result(found: dict[str, list[Run]], config: Config) -> Result:
