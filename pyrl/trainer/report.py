@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ from pyrl.trainer.charts import CHARTS, UNPLOTTED, Chart, finite, label
 from pyrl.trainer.console import duration, number
 from pyrl.trainer.curves import write_curves
 from pyrl.trainer.html import safe_text
-from pyrl.trainer.recipe import tomllib
 from pyrl.trainer.samples_view import prompt_text, reward_range, sample_view
 from pyrl.trainer.tracking import RunFolder, RunRecord, write_atomic
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 MAX_PROMPTS = 100
 SHOWN_PROMPTS = 6
