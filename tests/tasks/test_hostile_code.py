@@ -38,8 +38,19 @@ def commands() -> dict[int, str]:
     return found
 
 
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:  # it has ended meanwhile
+        return 0
+
+
 def left(owner: int) -> list[int]:
-    return [pid for pid, command in commands().items() if f"of-{owner} " in command + " "]
+    """What runs of the programs of a process; its launcher, a child of it, may be there."""
+    found = [pid for pid, command in commands().items() if f"of-{owner} " in command + " "]
+    launchers = [pid for pid in found if parent(pid) == owner]
+    assert len(launchers) <= 1
+    return [pid for pid in found if pid not in launchers]
 
 
 def works(mode: str) -> bool:
@@ -169,11 +180,7 @@ def workers() -> list[int]:
     owners = {int(c.rpartition("of-")[2].split()[0]) for c in commands().values() if "of-" in c}
     mine = []
     for pid in owners:
-        try:
-            parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
-        except OSError:
-            continue
-        if int(parent) == os.getpid() and len(left(pid)) >= 2:
+        if parent(pid) == os.getpid() and len(left(pid)) >= 2:
             mine.append(pid)
     return mine
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyrl.tasks.code import Call, Limits, LocalSandbox, SandboxError, sandbox
+from pyrl.tasks.code import Call, Limits, LocalSandbox, SandboxError, sandbox, start
 from pyrl.tasks.code.jail import cases, seccomp
 
 LIMITS = Limits(seconds=30, memory_mb=256)
@@ -110,15 +110,15 @@ def test_an_explicit_mode_never_falls_back(monkeypatch):
 
 def test_automatic_choice_takes_the_next_and_tells_why_there_is_none(monkeypatch):
     sandbox._best.cache_clear()
-    command = sandbox._command
+    supervisor = sandbox._supervisor
     broken = ["namespaces"]
 
     def missing(mode):
         if mode in broken:
             raise sandbox._Unavailable(f"{mode}: not here")
-        return command(mode)
+        return supervisor(mode)
 
-    monkeypatch.setattr(sandbox, "_command", missing)
+    monkeypatch.setattr(sandbox, "_supervisor", missing)
     monkeypatch.setenv("PATH", "/nowhere")
     try:
         assert "no namespaces" in LocalSandbox().isolation()
@@ -153,7 +153,7 @@ def test_bubblewrap_is_given_a_root_without_the_users_files(tmp_path, monkeypatc
 
 def test_a_sandbox_that_breaks_is_an_error_and_no_outcome(monkeypatch):
     command = [sys.executable, "-c", "import sys\nprint('{\"ready\": true}')\nsys.exit('broken')"]
-    monkeypatch.setattr(sandbox, "_command", lambda mode: command)
+    monkeypatch.setattr(sandbox, "_supervisor", lambda mode: start.by_command(command))
     with pytest.raises(SandboxError, match="ended after 0 of 1 calls: broken"):
         run("print(1)", mode="rlimits")
     line = json.dumps({"status": "failed", "error": "PermissionError (exit 1)", "seconds": 0.1})

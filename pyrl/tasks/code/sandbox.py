@@ -7,14 +7,13 @@ and whatever it writes to the channel of its results is only another answer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
-import select
 import shutil
 import struct
-import subprocess
 import sys
 import sysconfig
 import time
@@ -22,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
+
+from pyrl.tasks.code import start
 
 Mode = Literal["auto", "namespaces", "bubblewrap", "rlimits"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -110,8 +111,9 @@ class Sandbox(Protocol):
 class LocalSandbox:
     """Python programs in processes of this machine (Linux).
 
-    Each call runs in a process of its own, forked from an interpreter that is started for this
-    program (standard library only, hash seed 0), with rlimits (memory, processor time, file size,
+    Each call runs in a process of its own: a fork of a fork, made for this program, of an
+    interpreter that has run nothing (standard library only, hash seed 0; one for all sandboxes of
+    this process, started by the first program). It has rlimits (memory, processor time, file size,
     open files, threads; no core dumps), an almost empty environment, and a filter of system calls
     (`jail.seccomp`) that denies processes, signals to others, tracing, sockets and kernel memory.
     Around it, by `mode`:
@@ -195,47 +197,49 @@ def _run(
     data = json.dumps(request).encode()
     if not sys.platform.startswith("linux"):
         raise _Unavailable(f"{mode}: needs Linux, and this is {sys.platform}")
-    process = subprocess.Popen(
-        _command(mode),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=_environment(),
-        cwd="/",
-        start_new_session=True,  # its signals to its group are not for us
-        bufsize=0,
-    )
-    assert process.stdin is not None and process.stdout is not None
+    supervisor = _supervisor(mode)
+    lines: list[dict[str, Any]] = []
     try:
-        try:
-            process.stdin.write(struct.pack("<Q", len(data)))
-            _write(process.stdin.fileno(), data)
-        except BrokenPipeError:
-            pass  # it has said why
-        lines = _lines(process.stdout.fileno(), time.monotonic() + limits.seconds + _MARGIN)
+        with contextlib.suppress(BrokenPipeError):  # it has said why
+            _write(supervisor.control, struct.pack("<Q", len(data)) + data)
+        end = time.monotonic() + limits.seconds + _MARGIN
+        told, _ = start.read(supervisor.results, end)
+        lines = [json.loads(line) for line in told.split(b"\n")[:-1]]
     finally:
-        errors = _end(process)
+        errors = supervisor.end(_MARGIN)
     first = lines[0] if lines else {}
     if "error" in first:
         raise _Unavailable(f"{mode}: {first['error']}")
-    told = lines[1:]
-    if "ready" not in first or len(told) != len(calls):
-        last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        where = f"after {len(told)} of {len(calls)} calls" if "ready" in first else "at its start"
+    outcomes = lines[1:]
+    if "ready" not in first or len(outcomes) != len(calls):
+        last = errors.strip().splitlines()[-1:] or ["it said nothing"]
+        where = f"after {len(outcomes)} of {len(calls)} calls"
+        where = where if "ready" in first else "at its start"
         kind = SandboxError if "ready" in first or mode != "bubblewrap" else _Unavailable
         raise kind(f"{mode}: the sandbox ended {where}: {last[0][:300]}")
-    for i, outcome in enumerate(told):
+    for i, outcome in enumerate(outcomes):
         if outcome["status"] == "failed":
             raise SandboxError(f"{mode}: call {i} could not be limited: {outcome['error']}")
-    return [Outcome(**outcome) for outcome in told]
+    return [Outcome(**outcome) for outcome in outcomes]
 
 
-def _command(mode: str) -> list[str]:
+def _supervisor(mode: str) -> start.Supervisor:
+    """Starts the supervisor of one request."""
+    if mode == "bubblewrap":
+        return start.by_command(_bubblewrap())
+    return start.by_fork(mode, [*_jail(), "serve", f"of-{os.getpid()}"])
+
+
+def _jail() -> list[str]:
+    return [_python(), "-s", "-S", _JAIL]
+
+
+def _python() -> str:
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def _bubblewrap() -> list[str]:
     """The supervisor's command line."""
-    python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-    jail = [python, "-s", "-S", _JAIL]
-    if mode != "bubblewrap":
-        return [*jail, mode, f"of-{os.getpid()}"]
     program = shutil.which("bwrap")
     if program is None:
         raise _Unavailable("bubblewrap: no program `bwrap` on the PATH")
@@ -247,51 +251,14 @@ def _command(mode: str) -> list[str]:
         binds += ["--ro-bind", os.path.realpath(folder), folder]
         for hidden in namespaces.packages(folder):
             binds += ["--tmpfs", hidden]
+    python = _python()
     binds += ["--ro-bind", python, python, "--ro-bind", _JAIL, _JAIL]
     flags = ["--unshare-all", "--die-with-parent", "--new-session", "--dir", "/tmp"]
-    return [program, *flags, "--chdir", "/tmp", *binds, "--", *jail, "inside", f"of-{os.getpid()}"]
-
-
-def _environment() -> dict[str, str]:
-    """All that a program finds in `os.environ`: nothing of the user's."""
-    told = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
-    told |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}  # a set's order is the same in every run
-    if sys.dont_write_bytecode:
-        told["PYTHONDONTWRITEBYTECODE"] = "1"
-    return told
+    inside = [*_jail(), "inside", f"of-{os.getpid()}"]
+    return [program, *flags, "--chdir", "/tmp", *binds, "--", *inside]
 
 
 def _write(descriptor: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
-
-
-def _lines(descriptor: int, end: float) -> list[dict[str, Any]]:
-    """The lines of JSON until the end of the stream, or as many as came before `end`."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN | select.POLLHUP)
-    parts = []
-    while poll.poll(max(0.0, end - time.monotonic()) * 1000):
-        part = os.read(descriptor, 1 << 16)
-        if not part:
-            break
-        parts.append(part)
-    whole = b"".join(parts).split(b"\n")[:-1]
-    return [json.loads(line) for line in whole]
-
-
-def _end(process: subprocess.Popen[bytes]) -> str:
-    """Closing its input stops the supervisor, which leaves nothing; its own last words."""
-    assert process.stdin is not None and process.stderr is not None
-    process.stdin.close()
-    try:
-        process.wait(_MARGIN)
-    except subprocess.TimeoutExpired:
-        process.kill()  # what it started dies with it
-        process.wait()
-    errors = process.stderr.read()
-    for stream in (process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
-    return errors.decode(errors="replace")
