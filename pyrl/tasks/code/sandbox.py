@@ -225,9 +225,12 @@ def _run(
 
 def _supervisor(mode: str) -> start.Supervisor:
     """Starts the supervisor of one request."""
-    if mode == "bubblewrap":
-        return start.by_command(_bubblewrap())
-    return start.by_fork(mode, [*_jail(), "serve", f"of-{os.getpid()}"])
+    try:
+        if mode == "bubblewrap":
+            return start.by_command(_bubblewrap())
+        return start.by_fork(mode, [*_jail(), "serve", f"of-{os.getpid()}"])
+    except OSError as error:
+        raise SandboxError(f"{mode}: it could not be started: {error}") from error
 
 
 def _jail() -> list[str]:
