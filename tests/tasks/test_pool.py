@@ -164,7 +164,8 @@ def test_submit_against_close_loses_nothing(numbers, monkeypatch):
     for thread in threads:
         thread.start()
     while len(found) < 200:
-        found[-1:] and found[-1].result()
+        for pending in found[-1:]:
+            pending.result()
     scorer.close()
     for thread in threads:
         thread.join()
