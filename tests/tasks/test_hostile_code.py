@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import time
@@ -177,7 +178,7 @@ def wait_for(condition, seconds=20.0):
 
 def workers() -> list[int]:
     """Processes of this one that have a program running."""
-    owners = {int(c.rpartition("of-")[2].split()[0]) for c in commands().values() if "of-" in c}
+    owners = {int(n) for c in commands().values() for n in re.findall(r" of-(\d+)(?= |$)", c)}
     mine = []
     for pid in owners:
         if parent(pid) == os.getpid() and len(left(pid)) >= 2:
