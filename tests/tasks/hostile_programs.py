@@ -41,6 +41,12 @@ PRINTING = {
     "has the kernel signal its parent": (
         "import fcntl, os\ntry: fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())\n"
         "except OSError: " + RIGHT, 1),
+    "has a socket signal its parent": (
+        "import ctypes, fcntl, os, struct\nlibc = ctypes.CDLL(None)\npair = (ctypes.c_int * 2)()\n"
+        "libc.socketpair(1, 1, 0, pair)\n"
+        "for request in (0x8901, 0x8902, 0x5452):\n"
+        "  try: fcntl.ioctl(pair[0], request, struct.pack('i', os.getppid())); print('did')\n"
+        "  except PermissionError: pass\n" + RIGHT, 1),
     "outlives its parent": (
         "import ctypes, time\nprint(ctypes.CDLL(None).prctl(1, 0, 0, 0, 0))\ntime.sleep(99)", 0),
     # Memory and output

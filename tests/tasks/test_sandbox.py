@@ -224,6 +224,12 @@ def test_the_filter_denies_what_it_lists(machine, monkeypatch):
         assert all(verdict(special["kill"], pid) != allowed for pid in (0, 1, -1, -77, 76))
         assert verdict(special["prlimit64"], 0) == allowed != verdict(special["prlimit64"], 1)
         assert verdict(special["fcntl"], 0, 1) == allowed != verdict(special["fcntl"], 0, 8)
+        assert (
+            verdict(special["ioctl"], 0, 0x5401) == allowed != verdict(special["ioctl"], 0, 0x8901)
+        )
+        assert (
+            verdict(special["ioctl"], 0, 0x8902) != allowed != verdict(special["ioctl"], 0, 0x5452)
+        )
         assert verdict(special["prctl"], 15) == allowed != verdict(special["prctl"], 1)
         opening = seccomp.OPENS["openat"][column]
         assert (verdict(opening, 3, 0, os.O_CLOEXEC) == allowed) == (files != "none")

@@ -61,7 +61,7 @@ class Limits:
     seconds: float = 5.0
     """Wall time of all calls together; each may take as much processor time."""
     memory_mb: int = 512
-    """Address space of a process, MiB; at least 64."""
+    """Address space of a process, MiB; at least 64, of which the interpreter takes about 25."""
     file_mb: int = 16
     """What a call may write to files, MiB."""
     output_bytes: int = 1 << 20
@@ -111,12 +111,11 @@ class Sandbox(Protocol):
 class LocalSandbox:
     """Python programs in processes of this machine (Linux).
 
-    Each call runs in a process of its own: a fork of a fork, made for this program, of an
-    interpreter that has run nothing (standard library only, hash seed 0; one for all sandboxes of
-    this process, started by the first program). It has rlimits (memory, processor time, file size,
-    open files, threads; no core dumps), an almost empty environment, and a filter of system calls
-    (`jail.seccomp`) that denies processes, signals to others, tracing, sockets and kernel memory.
-    Around it, by `mode`:
+    Each call runs in a process of its own, forked from one that was forked for this program
+    (standard library only, hash seed 0). It has rlimits (memory, processor time, file size, open
+    files, threads; no core dumps), an almost empty environment, and a filter of system calls
+    (`jail.seccomp`) that denies processes, signals to others, tracing, the network and kernel
+    memory. Around it, by `mode`:
 
     - "namespaces": no network, no other process, none of the machine's files but the interpreter's
       and the C library's (read-only), an empty /tmp of `file_mb` for each call. Ends when its first
@@ -126,6 +125,10 @@ class LocalSandbox:
     - "rlimits": no namespaces, so the filter denies opening any file; a program has the modules of
       `jail.cases.PRELOADED`.
     - "auto": the first of these that works here. Any other mode never falls back.
+
+    But for "bubblewrap", programs are forked from an interpreter that runs none: one for all
+    sandboxes of this process, with the limits and the niceness that this process has when the first
+    program starts it. It ends with this process.
 
     syscall_filter: False leaves the namespaces and rlimits to it, as on processors whose calls
     `jail.seccomp` does not list; needs mode "namespaces".
@@ -201,7 +204,7 @@ def _run(
     lines: list[dict[str, Any]] = []
     try:
         with contextlib.suppress(BrokenPipeError):  # it has said why
-            _write(supervisor.control, struct.pack("<Q", len(data)) + data)
+            _write(supervisor.control.fileno(), struct.pack("<Q", len(data)) + data)
         end = time.monotonic() + limits.seconds + _MARGIN
         told, _ = start.read(supervisor.results, end)
         lines = [json.loads(line) for line in told.split(b"\n")[:-1]]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import io
+import itertools
 import os
 import select
 import socket
@@ -13,35 +16,45 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+# Streams are files rather than numbers: an interrupt anywhere closes what nobody holds any more.
+Streams = tuple[io.FileIO, io.FileIO, io.FileIO]
+
 
 class Supervisor:
     """One that runs. `control` is its input and `results` its output, for the caller to use."""
 
-    def __init__(self, streams: Sequence[int], finish: Callable[[bool], None]) -> None:
-        """streams: control, results, errors. finish(in_time): kills it unless in_time; reaps."""
+    def __init__(
+        self, streams: Streams, kill: Callable[[], None], reap: Callable[[float], str]
+    ) -> None:
+        """streams: control, results, errors. kill(): ends it. reap(seconds): waits for its end no
+        longer than that; what else is known of it."""
         self.control, self.results, self._errors = streams
-        self._finish = finish
+        self._kill, self._reap = kill, reap
 
     def end(self, seconds: float) -> str:
         """Closes its input, which stops it and leaves nothing of it; its own last words.
 
-        After `seconds` it is killed, and what it started dies with it.
+        After `seconds` it is killed, and what it started dies with it; twice that is the longest
+        that this takes.
         """
-        os.close(self.control)
-        errors, in_time = read(self._errors, time.monotonic() + seconds)
-        self._finish(in_time)
-        for stream in (self.results, self._errors):
-            os.close(stream)
-        return errors.decode(errors="replace")
+        self.control.close()
+        with self.results, self._errors:
+            errors, in_time = read(self._errors, time.monotonic() + seconds)
+            if not in_time:
+                self._kill()
+                errors += f"killed: it did not end within {seconds:g} s\n".encode()
+                errors += read(self._errors, time.monotonic() + seconds)[0]
+            known = self._reap(seconds)
+        return errors.decode(errors="replace") or known
 
 
-def read(stream: int, end: float) -> tuple[bytes, bool]:
+def read(stream: io.FileIO, end: float) -> tuple[bytes, bool]:
     """What comes before the end of the stream and the time `end`; whether the former was first."""
     poll = select.poll()
     poll.register(stream, select.POLLIN | select.POLLHUP)
     parts: list[bytes] = []
     while poll.poll(max(0.0, end - time.monotonic()) * 1000):
-        part = os.read(stream, 1 << 16)
+        part = stream.read(1 << 16) or b""
         if not part:
             return b"".join(parts), True
         parts.append(part)
@@ -49,47 +62,47 @@ def read(stream: int, end: float) -> tuple[bytes, bool]:
 
 
 def by_command(words: Sequence[str]) -> Supervisor:
-    """`words` start it."""
+    """`words` start it. OSError where they cannot."""
     with _pipes() as (ours, theirs):
-        process = _start(words, *theirs)
-    return Supervisor(ours, lambda in_time: _reap(process, in_time))
+        process = _run(words, *(stream.fileno() for stream in theirs))
+
+    def reap(seconds: float) -> str:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:  # it has closed its errors and lives on
+            process.kill()
+            process.wait()
+        return f"exit code {process.returncode}"
+
+    return Supervisor(ours, process.kill, reap)
 
 
 def by_fork(mode: str, words: Sequence[str]) -> Supervisor:
     """A fork of this process's launcher (`jail.launcher`), which `words` start where there is none.
 
-    From any thread, and from a process that was forked while another thread was here.
+    From any thread, and in a process that was forked while another thread was here. OSError where
+    it cannot be had.
     """
-    with _pipes() as (ours, theirs):
-        launcher = _shared.send(mode, theirs, words)
-
-    def finish(in_time: bool) -> None:
-        if not in_time:
-            launcher.close()
-
-    return Supervisor(ours, finish)
+    return _shared.supervisor(mode, words)
 
 
 @contextlib.contextmanager
-def _pipes() -> Iterator[tuple[list[int], list[int]]]:
-    """Our ends and the supervisor's of its input, output and errors. Closes the supervisor's in
-    the end, and ours where it could not be started."""
-    (theirs_in, ours_in), (ours_out, theirs_out), (ours_err, theirs_err) = (
-        os.pipe() for _ in range(3)
-    )
-    ours, theirs = [ours_in, ours_out, ours_err], [theirs_in, theirs_out, theirs_err]
-    try:
-        yield ours, theirs
-    except BaseException:
-        for stream in ours:
-            os.close(stream)
-        raise
-    finally:
-        for stream in theirs:
-            os.close(stream)
+def _pipes() -> Iterator[tuple[Streams, Streams]]:
+    """Our ends and the supervisor's of its input, output and errors; closes the supervisor's in the
+    end, and ours where it could not be started."""
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        ends: list[tuple[io.FileIO, io.FileIO]] = []
+        for mine_writes in (True, False, False):
+            reading, writing = os.pipe()
+            pair = io.FileIO(reading, "r"), io.FileIO(writing, "w")
+            mine, other = reversed(pair) if mine_writes else pair
+            ends.append((ours.enter_context(mine), theirs.enter_context(other)))
+        (a, x), (b, y), (c, z) = ends
+        yield (a, b, c), (x, y, z)
+        ours.pop_all()
 
 
-def _start(words: Sequence[str], stdin: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+def _run(words: Sequence[str], stdin: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         words,
         stdin=stdin,
@@ -110,72 +123,108 @@ def _environment() -> dict[str, str]:
     return told
 
 
-def _reap(process: subprocess.Popen[bytes], in_time: bool) -> None:
-    if not in_time:
-        process.kill()
-    process.wait()
-
-
 class _Launcher:
     """The process, and the socket that it takes requests from; it ends when that is closed."""
 
     def __init__(self, words: Sequence[str]) -> None:
+        self.user = (os.geteuid(), os.getegid())
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = _start(words, theirs.fileno(), subprocess.DEVNULL, subprocess.DEVNULL)
+        self._link.settimeout(None)  # whatever the program's default is
+        self._ids = itertools.count()
+        reading, writing = os.pipe()
+        self._errors = io.FileIO(reading, "r")
+        with theirs, io.FileIO(writing, "w") as errors:
+            self.process = _run(words, theirs.fileno(), subprocess.DEVNULL, errors.fileno())
 
-    def send(self, mode: str, streams: Sequence[int]) -> None:
-        """OSError when it has ended."""
-        socket.send_fds(self._link, [mode.encode()], streams)
+    def start(self, mode: str, theirs: Streams) -> int:
+        """Asks for a supervisor; its number. ConnectionError when the process has ended."""
+        number = next(self._ids)
+        streams = [stream.fileno() for stream in theirs]
+        socket.send_fds(self._link, [f"{mode} {number}".encode()], streams)
+        return number
+
+    def kill(self, number: int) -> None:
+        """Ends one supervisor, or all where the process does not listen."""
+        try:
+            self._link.send(f"kill {number}".encode(), socket.MSG_DONTWAIT)
+        except OSError:
+            self._end()
+
+    def wait(self, seconds: float) -> str:
+        """What `Supervisor` reaps by: the process itself has reaped it."""
+        return self.last_words()
+
+    def last_words(self) -> str:
+        """Why it has ended; "" while it lives."""
+        if self.process.poll() is None:
+            return ""
+        said, _ = read(self._errors, time.monotonic() + 1)
+        lines = said.decode(errors="replace").strip().splitlines()
+        return f"its launcher ended: {(lines or [f'exit code {self.process.returncode}'])[-1]}"
 
     def close(self) -> None:
         """Ends it, and every supervisor of it at once."""
         self._link.close()
-        self._process.kill()
-        self._process.wait()
+        self._end()
+        self.process.wait()
+
+    def _end(self) -> None:
+        with contextlib.suppress(PermissionError):  # it is who we were; without its link it ends
+            self.process.kill()
 
     def forget(self) -> None:
         """In a fork of the process that has it: its end is not to be waited for here."""
         self._link.close()
-        self._process.returncode = 0
+        self.process.returncode = 0
 
 
 class _Shared:
-    """This process's launcher."""
+    """This process's launcher. The lock also keeps a fork from taking a supervisor's ends along."""
 
     def __init__(self) -> None:
-        self._launcher: _Launcher | None = None
-        self._lock = threading.Lock()
+        self.launcher: _Launcher | None = None
+        self._lock = threading.RLock()
         atexit.register(self.close)
-        os.register_at_fork(after_in_child=self._forked)
+        os.register_at_fork(
+            before=lambda: self._lock.acquire(),
+            after_in_parent=lambda: self._lock.release(),
+            after_in_child=self._forked,
+        )
 
-    def send(self, mode: str, streams: Sequence[int], words: Sequence[str]) -> _Launcher:
+    def supervisor(self, mode: str, words: Sequence[str]) -> Supervisor:
         with self._lock:
             for _ in range(2):
-                fresh = self._launcher is None
-                launcher = self._launcher = self._launcher or _Launcher(words)
-                try:
-                    launcher.send(mode, streams)
-                except OSError:  # it was killed since
-                    launcher.close()
-                    self._launcher = None
-                    if fresh:
-                        raise
-                else:
-                    return launcher
+                fresh = self.launcher is None
+                launcher = self._current(words)
+                with _pipes() as (ours, theirs):
+                    try:
+                        number = launcher.start(mode, theirs)
+                    except ConnectionError:  # it was killed since
+                        self.close()
+                        if fresh:
+                            raise OSError(launcher.last_words()) from None
+                        continue
+                return Supervisor(ours, functools.partial(launcher.kill, number), launcher.wait)
         raise AssertionError("the second launcher is a fresh one")
+
+    def _current(self, words: Sequence[str]) -> _Launcher:
+        user = (os.geteuid(), os.getegid())
+        if self.launcher is not None and self.launcher.user != user:
+            self.close()
+        self.launcher = self.launcher or _Launcher(words)
+        return self.launcher
 
     def close(self) -> None:
         with self._lock:
-            if self._launcher is not None:
-                self._launcher.close()
-            self._launcher = None
+            if self.launcher is not None:
+                self.launcher.close()
+            self.launcher = None
 
     def _forked(self) -> None:
-        self._lock = threading.Lock()
-        if self._launcher is not None:
-            self._launcher.forget()
-        self._launcher = None
+        self._lock = threading.RLock()
+        if self.launcher is not None:
+            self.launcher.forget()
+        self.launcher = None
 
 
 _shared = _Shared()

@@ -1,7 +1,6 @@
 """`python jail MODE` runs one request of `pyrl.tasks.code.sandbox` (see `supervisor`), `python jail
 serve` as many as come (see `launcher`)."""
 
-import gc
 import importlib
 import os
 import sys
@@ -10,7 +9,6 @@ import sys
 sys.path[0] = os.path.dirname(os.path.abspath(sys.path[0]))
 launcher = importlib.import_module("jail.launcher")
 sys.path.pop(0)
-gc.freeze()  # forks share the pages of what exists by now
 program = launcher.serve() if sys.argv[1] == "serve" else launcher.supervisor.main(sys.argv[1])
 while program is not None:  # a supervisor, then a program: it finds no frame of ours below its own
     program = program()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -20,24 +22,29 @@ from typing import Any
 from . import cases, supervisor
 
 LINK = 0  # the socket that requests come by; its end is the order to stop
-_MODE_BYTES = 64
+_MESSAGE_BYTES = 64
 
 
 def serve() -> Callable[[], Any]:
-    """A message is a mode and three descriptors: a supervisor's input, output and errors.
+    """A message is a mode, a number and three descriptors: a supervisor's input, output and errors;
+    or "kill" and a number.
 
     The third stays open here until the supervisor has been reaped, after a line with its exit code
     unless that is 0: whoever reads it to the end knows that nothing is left. Returns in a
     supervisor's process, what is to be run there.
     """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the caller's came along
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     cases.preload()
+    gc.freeze()  # forks share the pages of what exists by now
     link = socket.socket(fileno=LINK)
     woken, wake = os.pipe()
     for end in (woken, wake):
         os.set_blocking(end, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, _note)
-    errors: dict[int, int] = {}  # of each supervisor's process
+    running: dict[int, tuple[str, int]] = {}  # process → number, errors
     poll = select.poll()
     for descriptor in (LINK, woken):
         poll.register(descriptor, select.POLLIN | select.POLLHUP)
@@ -45,36 +52,57 @@ def serve() -> Callable[[], Any]:
         ready = [descriptor for descriptor, _ in poll.poll()]
         if woken in ready:
             os.read(woken, 1 << 12)
-            _reap(errors)
-        if LINK in ready:
-            mode, taken, _, _ = socket.recv_fds(link, _MODE_BYTES, 3)
-            if not mode:
-                os._exit(0)  # what still runs dies with its parent
-            pid = os.fork()
+            _reap(running)
+        if LINK not in ready:
+            continue
+        message, taken, _, _ = socket.recv_fds(link, _MESSAGE_BYTES, 3)
+        if not message:
+            os._exit(0)  # what still runs dies with its parent
+        mode, _, number = message.decode().partition(" ")
+        if mode == "kill":
+            for one, (its, _) in running.items():
+                if its == number:
+                    os.kill(one, signal.SIGKILL)  # not reaped yet: the id is its own
+        elif len(taken) == 3:
+            pid = _fork(taken)
             if pid == 0:
                 link.detach()
-                return functools.partial(_become, mode.decode(), taken)
-            errors[pid] = taken.pop()
-            for descriptor in taken:
-                os.close(descriptor)
+                return functools.partial(_become, mode, taken)
+            if pid is not None:
+                running[pid] = (number, taken.pop())
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+def _fork(taken: list[int]) -> int | None:
+    """As os.fork; None, and a word to the caller, where there can be no more processes."""
+    try:
+        return os.fork()
+    except OSError as error:
+        _say(taken[2], f"no process for it: {error}")
+        return None
 
 
 def _note(*_: object) -> None:
     """A handler has to be there for the signal to wake `serve`."""
 
 
-def _reap(errors: dict[int, int]) -> None:
+def _reap(running: dict[int, tuple[str, int]]) -> None:
     """Those that have ended: a line of how, and the end of what they said."""
-    while errors:
+    while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
-        descriptor = errors.pop(pid)
+        _, errors = running.pop(pid)
         code = os.waitstatus_to_exitcode(status)
         if code != 0:
-            with contextlib.suppress(OSError):  # nobody listens, or nobody reads
-                os.write(descriptor, f"exit code {code}\n".encode())
-        os.close(descriptor)
+            _say(errors, f"exit code {code}")
+        os.close(errors)
+
+
+def _say(errors: int, line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more
+        os.write(errors, line.encode() + b"\n")
 
 
 def _become(mode: str, taken: list[int]) -> Callable[[], None]:

@@ -67,11 +67,12 @@ OPENS: Calls = {"open": (2, None), "openat": (257, 56), "openat2": (437, 437)}
 #: Their arguments decide.
 INSPECTED: Calls = {
     "clone": (56, 220), "clone3": (435, 435), "kill": (62, 129), "tgkill": (234, 131),
-    "prlimit64": (302, 261), "fcntl": (72, 25), "prctl": (157, 167),
+    "prlimit64": (302, 261), "fcntl": (72, 25), "prctl": (157, 167), "ioctl": (16, 29),
 }  # fmt: skip
 _CLONE_THREAD = 0x00010000
-#: F_SETOWN, F_SETSIG, F_SETOWN_EX: with these the kernel signals any process of the same user.
-_SIGNALLING = (8, 10, 15)
+#: With these the kernel signals any process of the same user: F_SETOWN, F_SETSIG, F_SETOWN_EX of
+#: fcntl, and FIOSETOWN, SIOCSPGRP, FIOASYNC of ioctl.
+_SIGNALLING = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902, 0x5452)}
 
 _LOAD, _EQUAL, _AT_LEAST, _BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _KILLED, _ALLOWED, _ERROR = 0x80000000, 0x7FFF0000, 0x00050000
@@ -139,13 +140,14 @@ def instructions(pid: int, files: str) -> list[tuple[int, int, int, int]]:
         (_RETURN, 0, 0, refused),
         (_RETURN, 0, 0, allowed),
     )
-    inspect(
-        INSPECTED["fcntl"],
-        (_LOAD, 0, 0, low(1)),
-        *((_EQUAL, len(_SIGNALLING) - i, 0, command) for i, command in enumerate(_SIGNALLING)),
-        (_RETURN, 0, 0, allowed),
-        (_RETURN, 0, 0, refused),
-    )
+    for name, commands in _SIGNALLING.items():
+        inspect(
+            INSPECTED[name],
+            (_LOAD, 0, 0, low(1)),
+            *((_EQUAL, len(commands) - i, 0, command) for i, command in enumerate(commands)),
+            (_RETURN, 0, 0, allowed),
+            (_RETURN, 0, 0, refused),
+        )
     inspect(
         INSPECTED["prctl"],
         (_LOAD, 0, 0, low(0)),
