@@ -13,8 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import Timing, conditions, interleave, measure_peak, median_ratio, run_child
-from registry import Implementation, find, select
+from harness import (
+    Timing,
+    conditions,
+    interleave,
+    measure_peak,
+    median_ratio,
+    run_child,
+    timed_ms,
+)
+from registry import Implementation, elsewhere, find, select
 
 #: Allowed beyond the naive form's own error against float64 (relative norm): the loss contract's
 #: rule for this package's backends, reported for everybody.
@@ -22,6 +30,8 @@ RULE = {"float32": 5e-6, "bfloat16": 1e-3}
 #: Beyond this an implementation computes something else and is not timed: twice the naive form's
 #: error (peers round at other places) plus a margin of one dtype's accumulated rounding.
 GATE = {"float32": 1e-4, "bfloat16": 1e-2}
+#: The same for log-probs rounded to bf16: 2^-9 of |log-prob| = 11 is 2 % of a token's gradient.
+GATE_ROUNDED = {"float32": 1e-4, "bfloat16": 5e-2}
 #: What an implementation may raise to say that it cannot run here.
 CANNOT = (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError)
 
@@ -63,6 +73,18 @@ def _small_op(name: str) -> Op:
     )
 
 
+def _logits_op(name: str) -> Op:
+    logits = importlib.import_module("logits_peers")
+    return Op(
+        name=name,
+        case=logits.LogitsCase,
+        draw=logits.draw,
+        reference=logits.reference,
+        limit="copy",
+        rate=lambda case, seconds: {"gbytes_per_second": round(case.bytes / seconds / 1e9, 2)},
+    )
+
+
 def _row_op(name: str) -> Op:
     rows = importlib.import_module("row_peers")
     return Op(
@@ -78,6 +100,8 @@ def _row_op(name: str) -> Op:
 def op_named(name: str) -> Op:
     if name == "linear_policy_loss":
         return _loss_op()
+    if name == "logits_policy_loss":
+        return _logits_op(name)
     return _row_op(name) if name.startswith("logits_") else _small_op(name)
 
 
@@ -107,12 +131,15 @@ def run_case(
     *,
     rounds: int,
     names: tuple[str, ...] | None = None,
-    memory: bool = True,
+    memory: bool | Sequence[str] = True,
     inner: int = 1,
     seed: int = 0,
+    slow: float = math.inf,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Rows for every implementation of `op` at `case`, those that cannot run included."""
+    """Rows for every implementation of `op` at `case`, or for `names`; without names, those that
+    cannot run here are rows that say why. `memory` may name whose peak is measured. A variant
+    slower than `slow` times the limit is timed in every third round only."""
     table = select(op.name, device=case.device, dtype=case.dtype, names=names)
     where = conditions(case.device)
     run = uuid.uuid4().hex[:8]
@@ -131,9 +158,7 @@ def run_case(
             inputs.clear()
             output = call(inputs)
         except CANNOT as error:
-            row.update(
-                status="absent", reason=f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            )
+            row.update(status="absent", reason=why(impl, error))
             continue
         if impl.role == "limit":
             row["status"] = "ok"
@@ -148,8 +173,9 @@ def run_case(
         if yardstick is not None:
             within = all(e <= bounds[k] + RULE[case.dtype] for k, e in errors.items())
             row["within_rule"] = within
+        gate = (GATE_ROUNDED if impl.rounds_logprob else GATE)[case.dtype]
         # `not <=` so that a NaN fails.
-        if not all(e <= 2 * bounds[k] + GATE[case.dtype] for k, e in errors.items()):
+        if not all(e <= 2 * bounds[k] + gate for k, e in errors.items()):
             row.update(status="wrong", reason=f"differs from float64: {describe(errors)}")
             continue
         row["status"] = "ok"
@@ -159,6 +185,11 @@ def run_case(
     del truth, inputs
 
     say(f"{op.name} {case.dtype}: timing {len(calls)} variants, {rounds} rounds")
+    slow_ms = math.inf
+    if op.limit in calls and slow < math.inf:
+        drawn = op.draw(case, seed)
+        slow_ms = slow * timed_ms(lambda: calls[op.limit](drawn), case.device)
+        del drawn
     samples = interleave(
         calls,
         lambda i: op.draw(case, seed + 1 + i),
@@ -167,6 +198,7 @@ def run_case(
         seed=seed,
         inner=inner,
         between=lambda drawn: drawn.clear(),
+        slow_ms=slow_ms,
     )
     limit = samples.get(op.limit)
     for name, values in samples.items():
@@ -179,7 +211,7 @@ def run_case(
             ratio = median_ratio(values, limit)
             rows[name].update(ratio_to_limit=round(ratio, 4), share_of_limit=round(1 / ratio, 4))
     if memory:
-        for name in calls:
+        for name in calls if memory is True else [n for n in calls if n in memory]:
             say(f"{op.name} {case.dtype}: peak memory of {name}, in a fresh process")
             described = json.dumps(dataclasses.asdict(case))
             if case.device == "cuda":  # the allocator counts exactly: no fresh process is needed
@@ -191,7 +223,18 @@ def run_case(
                 if "error" in found
                 else {key: round(value, 1) for key, value in found.items()}
             )
-    return list(rows.values())
+    found = list(rows.values())
+    if names is None:
+        for impl, reason in elsewhere(op.name, device=case.device, dtype=case.dtype):
+            found.append(_blank(op, impl, case, where, run) | {"status": "absent", "reason": reason})
+    return found
+
+
+def why(impl: Implementation, error: BaseException) -> str:
+    """In a line: the missing package, or what the implementation said."""
+    if isinstance(error, ImportError) and impl.version is None:
+        return f"package {impl.package} is not installed"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _blank(
@@ -201,7 +244,7 @@ def _blank(
         "op": op.name,
         "implementation": impl.name,
         "role": impl.role,
-        "backend": impl.backend,
+        "backend": impl.backend or "torch",
         "package": impl.package,
         "version": impl.version,
         "dtype": case.dtype,
