@@ -118,7 +118,7 @@ def interleave(
         inputs = draw(i)
         shuffler.shuffle(order)
         for name in order:
-            if i % 3 and samples[name][0] > slow_ms:
+            if i % 5 and samples[name][0] > slow_ms:
                 samples[name].append(math.nan)
                 continue
             if between is not None:

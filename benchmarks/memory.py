@@ -71,6 +71,7 @@ def run(
     out: Path,
     *,
     quick: bool = False,
+    everything: bool = False,
     rounds: int | None = None,
     names: tuple[str, ...] | None = None,
     say: Callable[[str], None] = print,
@@ -89,7 +90,7 @@ def run(
             continue
         say(f"memory: {variant.name}, {variant.dtype}, in a fresh process")
         work = {
-            "sequences": sequences, "length": length, "steps": 1 + (rounds or (1 if quick else 5)),
+            "sequences": sequences, "length": length, "steps": 1 + (rounds or (5 if everything else 1)),
             "threads": torch.get_num_threads(), "sampled": 4 if quick else 32,
         }  # fmt: skip
         row = {

@@ -115,6 +115,7 @@ def run(
     out: Path,
     *,
     quick: bool = False,
+    everything: bool = False,
     rounds: int | None = None,
     names: tuple[str, ...] | None = None,
     say: Callable[[str], None] = print,

@@ -135,11 +135,13 @@ def run_case(
     inner: int = 1,
     seed: int = 0,
     slow: float = math.inf,
+    check: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Rows for every implementation of `op` at `case`, or for `names`; without names, those that
     cannot run here are rows that say why. `memory` may name whose peak is measured. A variant
-    slower than `slow` times the limit is timed in every third round only."""
+    slower than `slow` times the limit is timed in every fifth round only; without
+    `check` nothing is compared with float64 (a large N repeats what a smaller one showed)."""
     table = select(op.name, device=case.device, dtype=case.dtype, names=names)
     where = conditions(case.device)
     run = uuid.uuid4().hex[:8]
@@ -147,7 +149,7 @@ def run_case(
     calls: dict[str, Callable[[Any], Any]] = {}
 
     inputs = op.draw(case, seed)
-    truth = op.reference(inputs)
+    truth = op.reference(inputs) if check else None
     yardstick: dict[str, float] | None = None
     # The naive form goes first: its error in this dtype is what the others are judged by.
     for impl in sorted(table, key=lambda impl: impl.name != "naive"):
@@ -160,7 +162,7 @@ def run_case(
         except CANNOT as error:
             row.update(status="absent", reason=why(impl, error))
             continue
-        if impl.role == "limit":
+        if impl.role == "limit" or not check:
             row["status"] = "ok"
             calls[impl.name] = call
             continue
