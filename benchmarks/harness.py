@@ -69,8 +69,8 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def median_ratio(samples: Sequence[float], limit: Sequence[float]) -> float:
-    """median_i samples[i] / limit[i]: the pairs come from the same round, so drift cancels. NaN marks
-    a round that either sat out."""
+    """median_i samples[i] / limit[i]: the pairs come from the same round, so drift cancels. NaN
+    marks a round that either sat out."""
     if len(samples) != len(limit):
         raise ValueError(f"{len(samples)} samples against {len(limit)} of the limit")
     pairs = zip(samples, limit, strict=True)

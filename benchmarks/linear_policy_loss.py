@@ -58,7 +58,7 @@ def shaped(n: int, d: int, v: int, dtype: str = "bfloat16", **options: Any) -> C
 DTYPES = ("float32", "bfloat16")
 GRID: tuple[Cell, ...] = (
     head(1024, "bfloat16", 5, memory=True),
-    head(1024, "float32", 5, memory=HELD),
+    head(1024, "float32", 5, memory=("naive", "torch.compile", "pyrl-cpu")),
     *(head(1024, dtype, 5, kept, names=OURS) for dtype in DTYPES for kept in (0.5, 0.2)),
     head(2048, "bfloat16", 4, names=CURVES, memory=HELD),
     head(2048, "float32", 4, names=RIVALS, memory=("pyrl-cpu",)),

@@ -185,8 +185,8 @@ def prepare_trl() -> Callable[[LogitsInputs], Tensor]:
 def prepare_quack() -> Callable[[LogitsInputs], Tensor]:
     from quack.cross_entropy import cross_entropy
 
-    return lambda i: -cross_entropy(
-        i.overwritable(), kept_target(i), reduction="none", inplace_backward=True
+    return lambda i: (
+        -cross_entropy(i.overwritable(), kept_target(i), reduction="none", inplace_backward=True)
     )
 
 

@@ -89,8 +89,9 @@ def run(
         if names and variant.name not in names:
             continue
         say(f"memory: {variant.name}, {variant.dtype}, in a fresh process")
+        steps = 1 + (rounds or (5 if everything else 1))
         work = {
-            "sequences": sequences, "length": length, "steps": 1 + (rounds or (5 if everything else 1)),
+            "sequences": sequences, "length": length, "steps": steps,
             "threads": torch.get_num_threads(), "sampled": 4 if quick else 32,
         }  # fmt: skip
         row = {

@@ -1,7 +1,8 @@
 """One row per op and implementation: where it comes from, when it can run, how it is called.
 
 An implementation never imports its library until asked, so a missing peer is a row that says why.
-To add one: write `make(case) -> call(inputs)` (library_peers.py for the head) and append an `Implementation` here.
+To add one: write `make(case) -> call(inputs)` (library_peers.py for the head) and append an
+`Implementation` here.
 """
 
 from __future__ import annotations

@@ -228,7 +228,9 @@ def run_case(
     found = list(rows.values())
     if names is None:
         for impl, reason in elsewhere(op.name, device=case.device, dtype=case.dtype):
-            found.append(_blank(op, impl, case, where, run) | {"status": "absent", "reason": reason})
+            found.append(
+                _blank(op, impl, case, where, run) | {"status": "absent", "reason": reason}
+            )
     return found
 
 

@@ -5,9 +5,9 @@
 SmolLM2-135M, 8 prompts x 8 completions x at most 32 new tokens, the same prompts in the same order,
 the same reward function, the same loss (clip 0.2 / 0.2, mean over tokens), AdamW at 1e-6, gradient
 norm clipped at 1, temperature 1, no KL term. Each trainer runs in its own fresh process, one after
-the other; the first step is warm-up and left out, but for TRL, which runs one (`Trainer.steps`). `peak_rss_mib` is the trainer process' maximum
-resident memory as the system reports it at exit; `peak_tree_mib` samples the proportional memory of
-it and all its helpers.
+the other; the first step is warm-up and left out, but for TRL, which runs one (`Trainer.steps`).
+`peak_rss_mib` is the trainer process' maximum resident memory as the system reports it at exit;
+`peak_tree_mib` samples the proportional memory of it and all its helpers.
 """
 
 from __future__ import annotations
@@ -262,7 +262,16 @@ def _watch(
         peak[0] = max(peak[0], total)
 
 
-COLUMNS = ("trainer", "version", "s a step", "first", *PHASES, "peak MiB", "with helpers", "tokens sampled")
+COLUMNS = (
+    "trainer",
+    "version",
+    "s a step",
+    "first",
+    *PHASES,
+    "peak MiB",
+    "with helpers",
+    "tokens sampled",
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
