@@ -66,6 +66,17 @@ def tidy(axis: Any) -> None:
     axis.tick_params(labelsize=8, colors=INK)
 
 
+def cut(values: Sequence[float], text: str) -> tuple[list[float], list[str]]:
+    """Lengths and labels of bars; one that is more than twice the next is drawn shorter and says
+    so, or the others could not be told apart."""
+    ordered = sorted(values)
+    longest = max(ordered)
+    if len(ordered) > 1 and longest > 2 * ordered[-2] > 0:
+        longest = 1.25 * ordered[-2]
+    labels = [text.format(v) + (" (cut)" if v > longest else "") for v in values]
+    return [min(v, longest) for v in values], labels
+
+
 def bars(rows: Sequence[Row], path: Path) -> Path | None:
     """Time over the limit and peak memory at the shape where most implementations were timed; a
     line of axes a dtype."""
@@ -88,15 +99,21 @@ def bars(rows: Sequence[Row], path: Path) -> Path | None:
     for (left, right), dtype, members in zip(axes, dtypes, by_dtype, strict=True):
         names = [r["implementation"] for r in members]
         colours = [COLOURS[r["role"]] for r in members]
-        drawn = left.barh(names, [r["ratio_to_limit"] for r in members], color=colours)
-        left.bar_label(drawn, fmt="×%.2f", padding=3, fontsize=8)
+        lengths, labels = cut([r["ratio_to_limit"] for r in members], "×{:.2f}")
+        left.bar_label(
+            left.barh(names, lengths, color=colours), labels, padding=3, fontsize=8, color=INK
+        )
         left.axvline(1, color=COLOURS["limit"], linestyle="--", linewidth=1)
         left.set_title(f"{dtype}: time / bare products", fontsize=9, loc="left")
         left.set_xlabel("times the limit (dashed: 1)", fontsize=8, color=INK)
         peaks = [r.get("peak_mib") for r in members]
-        drawn = right.barh(names, [p or 0.0 for p in peaks], color=colours)
-        labels = ["not measured" if p is None else f"{p:.0f}" for p in peaks]
-        right.bar_label(drawn, labels, padding=3, fontsize=8)
+        lengths, labels = cut([p or 0.0 for p in peaks], "{:.0f}")
+        labels = [
+            "not measured" if p is None else text for p, text in zip(peaks, labels, strict=True)
+        ]
+        right.bar_label(
+            right.barh(names, lengths, color=colours), labels, padding=3, fontsize=8, color=INK
+        )
         grads = max((r.get("grads_mib") or 0.0 for r in members), default=0.0)
         right.axvline(grads, color=COLOURS["limit"], linestyle="--", linewidth=1)
         right.set_title(f"{dtype}: peak memory above the inputs", fontsize=9, loc="left")
@@ -124,7 +141,8 @@ def curves(rows: Sequence[Row], path: Path) -> Path | None:
         return None
     key = max(sorted(sizes), key=lambda k: sizes[k])
     members = families[key]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    gradients = "gradients alone"
     for name, (colour, marker, line) in LINES.items():
         mine = sorted((r for r in members if r["implementation"] == name), key=lambda r: r["shape"])
         style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5}
@@ -136,8 +154,8 @@ def curves(rows: Sequence[Row], path: Path) -> Path | None:
             right.plot([r["shape"][0] for r in held], [r["peak_mib"] for r in held], **style)
     grads = [r["grads_mib"] for r in members if r.get("grads_mib")]
     if grads:
-        right.axhline(min(grads), color=COLOURS["limit"], linestyle=":", linewidth=1.4,
-                      label="the gradients alone (smallest N)")  # fmt: skip
+        right.axhline(min(grads), color=COLOURS["limit"], linestyle="--", linewidth=1.4,
+                      label=gradients)  # fmt: skip
     ticks = sorted({r["shape"][0] for r in members})
     for axis in (left, right):
         axis.set_xscale("log", base=2)
@@ -153,10 +171,13 @@ def curves(rows: Sequence[Row], path: Path) -> Path | None:
     left.set_ylabel("seconds", fontsize=9, color=INK)
     right.set_title("peak memory above the inputs", fontsize=9, loc="left")
     right.set_ylabel("MiB", fontsize=9, color=INK)
-    left.legend(fontsize=8, frameon=False, loc="upper left")
-    right.legend(fontsize=8, frameon=False, loc="upper left")
-    low, high = right.get_ylim()
-    right.set_ylim(low, high * 2.6)  # room for the legend
+    named = {}
+    for axis in (left, right):
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        named.values(), named.keys(), fontsize=8, frameon=False, loc="outside right upper"
+    )
     d, v, dtype = key
     return finish(
         figure, f"Against N: D {d}, V {v}, {dtype}, every row kept",
@@ -191,7 +212,12 @@ def shares(rows: Sequence[Row], path: Path) -> Path | None:
                 at += 1
                 share = row["share_of_limit"]
                 axis.barh(at, share, height=0.8, color=COLOURS[row["role"]])
-                axis.text(share + 0.01, at, f"{share:.0%}", fontsize=7, va="center", color=INK)
+                inside = share > 0.88  # beyond it the label would lie on the dashed line
+                axis.text(
+                    share - 0.01 if inside else share + 0.01, at, f"{share:.0%}", fontsize=7,
+                    va="center", ha="right" if inside else "left",
+                    color="white" if inside and row["role"] == "pyrl" else INK,
+                )  # fmt: skip
                 places.append(at)
                 names.append(row["implementation"])
             at += 1.6

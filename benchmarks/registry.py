@@ -34,6 +34,8 @@ class Implementation:
     """`limit` (what the ratios are against), `peer`, or `pyrl`."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    compiled: bool = False
+    """torch.compile for one shape: the first call of each shape compiles."""
     rounds_logprob: bool = False
     """Its log-probs come in the inputs' dtype: in bf16 a ratio is then off by 2^-9 of |log-prob|,
     which is what it computes and not a mistake of its own (`suite.GATE_ROUNDED`)."""
@@ -91,13 +93,13 @@ REGISTRY: tuple[Implementation, ...] = (
     _loss("gemm", peers.make_gemm, role="limit",
           note="the three matrix products alone, 6NDV, outputs preallocated"),
     _loss("naive", peers.make_naive, note="logits.float(), cross_entropy, autograd"),
-    _loss("torch.compile", peers.make_compiled,
+    _loss("torch.compile", peers.make_compiled, compiled=True,
           note="torch.compile of naive, fullgraph, static shapes"),
     _loss("torch-lce", _through(libraries.prepare_torch), rounds_logprob=True,
           note="torch.nn.functional.linear_cross_entropy, chunked (LinearCrossEntropyOptions())"),
-    _loss("liger", libraries.make_liger(1), "liger-kernel",
+    _loss("liger", libraries.make_liger(1), "liger-kernel", compiled=True,
           note="LigerFusedLinearGRPOLoss, compiled, chunk_size 1 (its default)"),
-    _loss("liger-batch", libraries.make_liger(None), "liger-kernel",
+    _loss("liger-batch", libraries.make_liger(None), "liger-kernel", compiled=True,
           note="LigerFusedLinearGRPOLoss, compiled, chunk_size = the whole batch"),
     _loss("liger-ce", _through(libraries.prepare_liger_ce), "liger-kernel",
           note="LigerFusedLinearScaledCrossEntropy: CuTe on Hopper, chunked torch elsewhere"),
@@ -110,7 +112,7 @@ REGISTRY: tuple[Implementation, ...] = (
     _loss("cce", _through(libraries.cce_preparer("cce")), "cut-cross-entropy", devices=_CUDA,
           dtypes=_HALF, note="cut-cross-entropy's Triton kernels, no gradient filter"),
     _loss("cce-compile", _through(libraries.cce_preparer("torch_compile")), "cut-cross-entropy",
-          note="cut-cross-entropy's torch_compile implementation: kept rows only"),
+          compiled=True, note="cut-cross-entropy's torch_compile implementation: kept rows only"),
     _loss("verl", _through(libraries.prepare_verl), "verl",
           note="FusedLinearForPPO, torch, chunks of 512 rows"),
     _loss("verl-triton", _through(libraries.prepare_verl_triton), "verl", devices=_CUDA,
@@ -120,7 +122,8 @@ REGISTRY: tuple[Implementation, ...] = (
     *_pyrl(_LOSS, peers, dtypes=_BOTH),
     _logits("copy", logits_peers.make_copy, role="limit", note="a copy of the logits"),
     _logits("naive", logits_peers.make_naive, note="logits.float(), cross_entropy, autograd"),
-    _logits("torch.compile", logits_peers.make_compiled, note="torch.compile of naive"),
+    _logits("torch.compile", logits_peers.make_compiled, compiled=True,
+            note="torch.compile of naive"),
     _logits("trl", logits_peers.maker(logits_peers.prepare_trl), "trl", rounds_logprob=True,
             note="selective_log_softmax_and_entropy, clip loss in torch"),
     _logits("quack", logits_peers.maker(logits_peers.prepare_quack), "quack-kernels",
@@ -141,7 +144,7 @@ REGISTRY: tuple[Implementation, ...] = (
             Implementation(op=op, name="naive", make=small_peers.make_naive(op), dtypes=_F32,
                            note="plain torch, autograd"),
             Implementation(op=op, name="torch.compile", make=small_peers.make_compiled(op),
-                           dtypes=_F32, note="torch.compile of naive"),
+                           dtypes=_F32, compiled=True, note="torch.compile of naive"),
             *_pyrl(op, small_peers, dtypes=_F32),
         )
     ),

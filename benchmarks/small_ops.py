@@ -19,6 +19,8 @@ OPS = ("policy_objective", "group_advantage")
 #: Larger than the 32 MiB last-level cache of the usual test machine: 2^22 tokens hold 52 MiB.
 FULL_TOKENS = 2**22
 QUICK_TOKENS = 2**14
+#: Slower than this times a copy (autograd in float64): timed in every fifth round.
+SLOW = 100
 #: Whose peak memory is measured, each in a process of its own.
 HELD = ("naive", "pyrl-cpu")
 
@@ -44,6 +46,7 @@ def run(
             rounds=rounds or (3 if quick else 7),
             names=names,
             memory=HELD if not quick and device == "cpu" else False,
+            slow=SLOW,
             say=say,
         )
     write_rows(out / f"{NAME}.jsonl", rows)

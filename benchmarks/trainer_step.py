@@ -91,7 +91,7 @@ TRAINERS: tuple[Trainer, ...] = (
     Trainer(
         name="trl-bf16", package="trl", dtype="bfloat16",
         note="GRPOTrainer, bf16=True (autocast over fp32 weights), otherwise as trl",
-        options={"bf16": True, "per_device_train_batch_size": 64},
+        options={"bf16": True, "per_device_train_batch_size": 64}, extra=True,
     ),
     Trainer(
         name="pyrl", package="pyrl", dtype="float32",

@@ -128,6 +128,8 @@ def test_the_grid_names_known_rows_and_holds_the_issues_cells():
             "linear_policy_loss", device="cpu", dtype=cell.case.dtype, names=cell.names
         )
         assert {"limit", "pyrl"} <= {row.role for row in chosen}
+        if not isinstance(cell.memory, bool):
+            assert set(cell.memory) - {"trl", "liger-batch"} <= {row.name for row in chosen}
     default = [cell.case for cell in linear_policy_loss.GRID if not cell.extra]
     for dtype in ("float32", "bfloat16"):
         shares = {c.kept_share for c in default if c.tokens == 2048 and c.dtype == dtype}
