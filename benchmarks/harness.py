@@ -297,9 +297,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Merge `rows` into the JSONL file at `path`: one object a line, newest per key."""
-    merged = {row_key(row): dict(row) for row in read_rows(path)}
+def case_key(row: Mapping[str, Any]) -> str:
+    """What the rows of one table have in common."""
+    return json.dumps([row.get(k) for k in KEY if k != "implementation"], sort_keys=True)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, whole_cases: bool = False) -> None:
+    """Merge `rows` into the JSONL file at `path`: one object a line, newest per key. With
+    `whole_cases` older rows of the same cases go: a table then holds one run, under one load."""
+    rows = list(rows)
+    gone = {case_key(row) for row in rows} if whole_cases else set()
+    merged = {row_key(row): dict(row) for row in read_rows(path) if case_key(row) not in gone}
     for row in rows:
         merged.pop(row_key(row), None)
         merged[row_key(row)] = dict(row)

@@ -125,6 +125,6 @@ def run(
             slow=SLOW,
             say=say,
         )
-        write_rows(out / f"{NAME}.jsonl", found)
+        write_rows(out / f"{NAME}.jsonl", found, whole_cases=names is None)
         rows += found
     return rows

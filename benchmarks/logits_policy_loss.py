@@ -44,5 +44,5 @@ def run(
             op_named(NAME), case, rounds=rounds or (3 if quick else 5), names=names,
             memory=memory, slow=20, say=say,
         )  # fmt: skip
-    write_rows(out / f"{NAME}.jsonl", rows)
+    write_rows(out / f"{NAME}.jsonl", rows, whole_cases=names is None)
     return rows

@@ -49,5 +49,5 @@ def run(
             slow=SLOW,
             say=say,
         )
-    write_rows(out / f"{NAME}.jsonl", rows)
+    write_rows(out / f"{NAME}.jsonl", rows, whole_cases=names is None)
     return rows
