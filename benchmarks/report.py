@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
+from typing import Any
 
 import memory
 import packing
@@ -96,7 +98,30 @@ def write(folder: Path, target: Path | None = None) -> list[Path]:
     shared = by_name.pop("shared_prefix", [])
     if shared:
         parts += ["## A policy update with shared prefixes", "", shared_prefix.markdown(shared)]
+    scoring = by_name.pop("scoring_overlap", [])
+    if scoring:
+        parts += ["## What scoring adds to a training step", "", scoring_markdown(scoring)]
     for name, rows in by_name.items():
         parts += [f"## {name}", "", table.markdown(rows)]
     target.write_text("\n".join(parts))
     return [target, *written]
+
+
+def scoring_markdown(rows: list[dict[str, Any]]) -> str:
+    """A line an arm of the newest run of scoring_overlap.py, which is no part of run.py."""
+    last = rows[-1]
+    lines = [
+        [
+            arm,
+            f"{statistics.median(step['seconds'] for step in steps):.2f}",
+            f"{statistics.median(step['score'] for step in steps):.3f}",
+            f"{last['added'][arm]:+.1%}",
+        ]
+        for arm, steps in last["rows"].items()
+    ]
+    columns = ("scoring", "s a step", "of which waiting for scores", "added to the same step")
+    conditions = (
+        f"{last['machine']}, torch {last['versions']['torch']}, commit {last['commit'][:7]}, "
+        f"{last['steps']} steps (benchmarks/scoring_overlap.py)"
+    )
+    return "\n".join([*table.markdown_cells(columns, lines), "", conditions, ""])

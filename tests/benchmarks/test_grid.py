@@ -177,6 +177,15 @@ def test_the_document_is_the_same_bytes_from_the_same_files(tmp_path):
     assert "| naive | N 1024 D 576 V 49152 | float32 | 1536 | 1.00 | 1.00 |" in text
 
 
+def test_scoring_rows_look_different_and_are_shown():
+    text = report.scoring_markdown([{
+        "commit": "0123456789", "machine": "m", "versions": {"torch": "2"}, "steps": 1,
+        "added": {"none": 0.0, "after": 0.08},
+        "rows": {arm: [{"seconds": 2.0, "score": 0.5}] for arm in ("none", "after")},
+    }])  # fmt: skip
+    assert "| after | 2.00 | 0.500 | +8.0% |" in text and "commit 0123456" in text
+
+
 def test_no_curve_without_three_sizes_and_no_picture_without_rows(tmp_path):
     rows = [r for r in loss_rows() if r["shape"][0] == 1024]
     assert plots.curves(rows, tmp_path / "x.png") is None
