@@ -43,7 +43,7 @@ def run(
         rows += run_case(
             op_named(op),
             case,
-            rounds=rounds or (3 if quick else 7),
+            rounds=rounds or (3 if quick else 5),
             names=names,
             memory=HELD if not quick and device == "cpu" else False,
             slow=SLOW,
