@@ -27,8 +27,8 @@ test: $(STAMPS)/test ## the test suite
 test-vllm: $(STAMPS)/vllm $(STAMPS)/test ## the tests that run the real vLLM
 	$(BIN)/pytest -q -m vllm
 
-bench: $(STAMPS)/bench ## benchmarks against the strongest peers
-	$(BIN)/python benchmarks/run.py
+bench: $(STAMPS)/bench $(STAMPS)/verl ## benchmarks against the strongest peers
+	$(BIN)/pyrl bench
 
 lint: $(STAMPS)/dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -45,7 +45,7 @@ certify: $(STAMPS)/test $(STAMPS)/verl ## every loss on every backend against fl
 repro: $(STAMPS)/pyrl ## miniatures of published claims, judged: writes docs/reproductions.md
 	$(BIN)/pyrl repro all
 
-gpu-check: ## on a GPU machine: build, tests on the GPU, the benchmark grid (JSONL to $$OUT)
+gpu-check: ## on a GPU machine: build, tests, benchmark grid, sweeps (OUT= MINUTES= PARTS= RESUME=)
 	bash benchmarks/gpu_check.sh
 
 $(STAMPS)/torch: constraints.txt

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +87,24 @@ def resources(log: str) -> dict[str, Resources]:
     return found
 
 
+def compiled(
+    nvcc: str, sources: Sequence[Path], architectures: Sequence[str]
+) -> Iterator[tuple[str, str, str, Resources] | str]:
+    """(file, kernel, architecture, resources) of every kernel, or what did not compile."""
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sources:
+            for arch in architectures:
+                cubin = Path(folder) / f"{source.stem}.{arch}.cubin"
+                try:
+                    found = resources(compile_cubin(nvcc, source, arch, cubin))
+                except subprocess.CalledProcessError as error:
+                    print(error.stderr, file=sys.stderr)
+                    yield f"{source.name} does not compile for sm_{arch}"
+                    continue
+                for name, used in zip(demangled(list(found)), found.values(), strict=True):
+                    yield source.stem, name, arch, used
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", help=f"default {', '.join(ARCHITECTURES)}")
@@ -104,23 +123,15 @@ def main() -> int:
     for column in ("registers", "shared B", "stack B", "spill stores B", "spill loads B"):
         table.add_column(column, justify="right")
     problems = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            for arch in options.arch or ARCHITECTURES:
-                cubin = Path(folder) / f"{source.stem}.{arch}.cubin"
-                try:
-                    found = resources(compile_cubin(nvcc, source, arch, cubin))
-                except subprocess.CalledProcessError as error:
-                    problems.append(f"{source.name} does not compile for sm_{arch}")
-                    print(error.stderr, file=sys.stderr)
-                    continue
-                for name, used in zip(demangled(list(found)), found.values(), strict=True):
-                    bad = used.stack or used.spill_stores or used.spill_loads
-                    if bad:
-                        problems.append(f"{name} uses local memory on sm_{arch}")
-                    table.add_row(
-                        source.stem, name, f"sm_{arch}", *map(str, used), style="red" if bad else ""
-                    )
+    for found in compiled(nvcc, sources, options.arch or ARCHITECTURES):
+        if isinstance(found, str):
+            problems.append(found)
+            continue
+        source, name, arch, used = found
+        bad = used.stack or used.spill_stores or used.spill_loads
+        if bad:
+            problems.append(f"{name} uses local memory on sm_{arch}")
+        table.add_row(source, name, f"sm_{arch}", *map(str, used), style="red" if bad else "")
     # Piped into a log there is no terminal to fit: names must not be cut.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     for problem in problems:

@@ -249,9 +249,15 @@ def resources(cubin: bytes) -> Resources:
     return Resources(int(fields["REG"]), int(fields["STACK"]), int(fields["SHARED"]))
 
 
-def compile_all(architectures: tuple[int, ...], only: str) -> tuple[list[str], list[str]]:
-    """Table rows and problems."""
-    rows, problems = [], []
+class Compiled(NamedTuple):
+    name: str
+    arch: int
+    used: Resources
+    problems: list[str]
+
+
+def compiled(architectures: tuple[int, ...], wanted: Callable[[str], bool]) -> Iterator[Compiled]:
+    """Every variant whose name is wanted, for each architecture in turn."""
     for variants in (
         logits_variants(),
         row_variants(),
@@ -260,24 +266,34 @@ def compile_all(architectures: tuple[int, ...], only: str) -> tuple[list[str], l
         gae_variants(),
     ):
         for name, call in variants:
-            if only not in name:
+            if not wanted(name):
                 continue
             launch = recorded(call)
-            cells = []
             for arch in architectures:
-                compiled = triton.compile(
+                made = triton.compile(
                     source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options
                 )
-                used = resources(compiled.asm["cubin"])
-                cells.append(f"{used.registers:4d} {used.stack:5d} {compiled.metadata.shared:6d}")
+                used = resources(made.asm["cubin"])._replace(shared=made.metadata.shared)
+                problems = []
                 if used.stack:
                     problems.append(f"{name} sm_{arch}: {used.stack} bytes of stack")
                 # row * stride, the only product of two scalars that can pass 2^31.
-                wide = re.search(r"arith\.muli .* : i64", compiled.asm["ttir"])
+                wide = re.search(r"arith\.muli .* : i64", made.asm["ttir"])
                 if "V=" in name and "V=1 " not in name and not wide:
                     problems.append(f"{name} sm_{arch}: row offsets are not 64-bit")
-            rows.append(f"{name:44s} | " + " | ".join(cells))
-    return rows, problems
+                yield Compiled(name, arch, used, problems)
+
+
+def compile_all(architectures: tuple[int, ...], only: str) -> tuple[list[str], list[str]]:
+    """Table rows and problems."""
+    cells: dict[str, list[str]] = {}
+    problems = []
+    for found in compiled(architectures, lambda name: only in name):
+        used = found.used
+        text = f"{used.registers:4d} {used.stack:5d} {used.shared:6d}"
+        cells.setdefault(found.name, []).append(text)
+        problems += found.problems
+    return [f"{name:44s} | " + " | ".join(each) for name, each in cells.items()], problems
 
 
 def main() -> int:

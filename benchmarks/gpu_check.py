@@ -1,184 +1,201 @@
-"""What a GPU can show, in under ten minutes: python benchmarks/gpu_check.py [--part NAME]
+"""What a GPU can show, in under ten minutes: tests, the grid against the peers, sweeps.
 
-The parts run in the order of PARTS and each writes its rows to $OUT/gpu_check.jsonl (default:
-benchmarks/results/) as it ends. A part that the file already holds for this device and commit is
-skipped, so a run that was cut short goes on where it stopped; --again measures it anew. A part is
-not begun when its time would run past --minutes. Without a CUDA device it says so and exits with 2.
+    python benchmarks/gpu_check.py [--part NAME ...] [--minutes 9] [--dry-run]
+    python benchmarks/gpu_check.py --resume FOLDER    # go on from what an earlier run left there
+
+The parts of gpu_parts.py run in their order, in a process that is replaced when a part hangs or
+breaks it: a part that takes twice its budget is ended and the next one goes on. Rows go to
+$OUT/gpu_check.jsonl (default: benchmarks/results/) as each part ends, and what became of each part
+to $OUT/gpu_check_parts.jsonl. A part that is recorded there as done, for this device and this code,
+is skipped; --again runs it anew. A part is not begun when its budget would pass --minutes. Without
+a CUDA device it says so and exits with 2; 1 means that a part failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import hashlib
+import json
 import os
+import queue
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from harness import HERE, commit, device_name, read_rows, write_rows
-from peers import Case
-from registry import select
-from row_peers import RowCase
-from small_peers import SmallCase
-from suite import op_named, run_case
-from table import show
+from gpu_parts import PARTS, PATIENCE, Part
+from harness import HERE, device_name, read_rows, write_rows
+from table import print_cells
 
-FILE = "gpu_check.jsonl"
-#: Everything but torch.compile, whose compilation would cost half a minute a shape.
-USUAL = ("gemm", "naive", "liger", "liger-batch", "trl", "pyrl-torch", "pyrl-triton", "pyrl-cuda")
-#: Where [N, V] of the others no longer fits or takes too long.
-LEAN = ("gemm", "liger-batch", "pyrl-triton", "pyrl-cuda")
+FILE, DONE = "gpu_check.jsonl", "gpu_check_parts.jsonl"
+#: Seconds until a fresh process has imported everything and begins its first part.
+START_SECONDS = 90.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One case of the grid, and about how many seconds it takes on an H100."""
-
-    name: str
-    op: str
-    case: Any
-    seconds: float
-    rounds: int = 7
-    names: tuple[str, ...] | None = None
-
-
-def _loss(n: int, d: int, v: int, kept: float = 1.0, **options: Any) -> Part:
-    dtype = options.pop("dtype", "bfloat16")
-    case = Case(tokens=n, hidden=d, vocab=v, dtype=dtype, kept_share=kept, device="cuda")
-    tail = ("" if kept == 1 else f"-kept{kept:.0%}") + ("" if dtype == "bfloat16" else f"-{dtype}")
-    defaults = {"seconds": 25.0, "names": USUAL, "name": f"loss-{n}x{d}x{v}{tail}"}
-    return Part(op="linear_policy_loss", case=case, **{**defaults, **options})
+def code_stamp() -> str:
+    """A hash of what is measured: kernels, C++ and CUDA sources, ops and losses. A copy of the
+    checkout without git has no commit."""
+    found = hashlib.sha256()
+    for folder in ("csrc", "kernels", "pyrl/ops", "pyrl/losses"):
+        for path in sorted((HERE.parent / folder).rglob("*")):
+            if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}:
+                found.update(path.relative_to(HERE.parent).as_posix().encode())
+                found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
-def _small(op: str) -> Part:
-    return Part(
-        name=op, op=op, case=SmallCase(op=op, tokens=2**22, device="cuda"), seconds=40, rounds=15
-    )
+def finished(folder: Path, device: str, code: str) -> set[str]:
+    """Names of the parts that are done, on this device and with this code."""
+    return {
+        row["part"] for row in read_rows(folder / DONE)
+        if row["status"] == "ok" and (row["device"], row["code"]) == (device, code)
+    }  # fmt: skip
 
 
-def _rows(op: str, dtype: str = "bfloat16") -> Part:
-    case = RowCase(op=op, tokens=4096, vocab=151936, dtype=dtype)
-    return Part(name=f"{op}-{dtype}", op=op, case=case, seconds=15, rounds=15)
+def record(folder: Path, part: str, status: str, seconds: float, **fields: Any) -> None:
+    row = {"op": "gpu_check", "implementation": part, "part": part, "status": status,
+           "seconds": round(seconds, 1), **fields}  # fmt: skip
+    write_rows(folder / DONE, [row])
 
 
-#: The headline first, then what says most per second.
-PARTS: tuple[Part, ...] = (
-    _loss(8192, 4096, 151936, seconds=60, names=None),
-    _loss(8192, 4096, 151936, 0.5),
-    _rows("logits_stats"),
-    _rows("logits_grad"),
-    _small("policy_objective"),
-    _small("group_advantage"),
-    _loss(2048, 576, 49152),
-    _loss(8192, 2048, 151936),
-    _loss(8192, 896, 151936),
-    _loss(1937, 3584, 152064),
-    _loss(8191, 2048, 32001),
-    _loss(1388, 4096, 102400),
-    _loss(65536, 2048, 151936, names=LEAN, rounds=3, seconds=40),
-    _loss(8192, 4096, 151936, 0.2),
-    _loss(8192, 7168, 129280),
-    _loss(8192, 5120, 152064),
-    _loss(8192, 4096, 128256),
-    _loss(8192, 3584, 152064),
-    _loss(2048, 576, 49152, dtype="float32"),
-    _rows("logits_stats", "float32"),
-    _rows("logits_grad", "float32"),
-)
+def worker(results: Path, until: float, names: Sequence[str]) -> list[str]:
+    return [sys.executable, str(HERE / "gpu_parts.py"), str(results), str(until), *names]
 
 
-def launches(call: Callable[[], Any]) -> dict[str, Any]:
-    """Kernels one call launches, and whether it makes the host wait for the device."""
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-        waits = None
-    except RuntimeError as error:
-        waits = str(error).splitlines()[0][:160]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
-        call()
-        torch.cuda.synchronize()
-    kernels = [
-        event for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not event.name.startswith(("Memcpy", "Memset"))
+def _forward(stream: IO[str], lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """The process and what it started (pytest of a tests part)."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def supervise(
+    parts: Sequence[Part],
+    until: float,
+    command: Callable[[Sequence[str]], list[str]],
+    tell: Callable[[str, str, float, str], None],
+    start_seconds: float = START_SECONDS,
+) -> None:
+    """Runs the parts in order, in as few processes as it takes; `tell(part, status, seconds,
+    reason)` once a part, status `ok`, `failed`, `timeout` or `skipped` (`until` is near)."""
+    left = {part.name: part for part in parts}
+    while left:
+        process = subprocess.Popen(
+            command(list(left)), stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        lines: queue.Queue[str | None] = queue.Queue()
+        assert process.stdout is not None
+        threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
+        current: Part | None = None
+        began, limit = time.monotonic(), start_seconds
+        try:
+            while left:
+                try:
+                    line = lines.get(timeout=max(0.0, began + limit - time.monotonic()))
+                except queue.Empty:
+                    hung = current or next(iter(left.values()))
+                    left.pop(hung.name)
+                    tell(hung.name, "timeout", time.monotonic() - began, f"ended at {limit:.0f} s")
+                    break
+                if line is None:
+                    broken = current or next(iter(left.values()))
+                    left.pop(broken.name)
+                    reason = f"the process ended with status {process.wait()}"
+                    tell(broken.name, "failed", time.monotonic() - began, reason)
+                    break
+                word, _, rest = line.partition(" ")
+                name, _, reason = rest.partition(" ")
+                if word == "@begin":
+                    current, began = left[name], time.monotonic()
+                    limit = PATIENCE * current.seconds
+                elif word in ("@end", "@failed", "@skip"):
+                    left.pop(name)
+                    status = {"@end": "ok", "@failed": "failed", "@skip": "skipped"}[word]
+                    seconds = 0.0 if word == "@skip" else time.monotonic() - began
+                    tell(name, status, seconds, reason)
+                    current, began, limit = None, time.monotonic(), start_seconds
+                else:
+                    print(line, flush=True)
+        finally:
+            end(process)
+
+
+def listing(parts: Sequence[Part], done: set[str]) -> None:
+    rows = [
+        [p.name, p.kind, f"{p.seconds:.0f}", f"{PATIENCE * p.seconds:.0f}",
+         "done" if p.name in done else ""]
+        for p in parts
     ]  # fmt: skip
-    return {"kernels": len(kernels), "host_waits": waits}
+    total = sum(p.seconds for p in parts if p.name not in done)
+    columns = ("part", "kind", "seconds", "ended at", "state")
+    print_cells("parts", columns, [*rows, ["all that is left", "", f"{total:.0f}", "", ""]], 2)
 
 
-def add_launches(part: Part, rows: list[dict[str, Any]]) -> None:
-    """`kernels` and `host_waits` for this package's rows of a [T]-sized op."""
-    inputs = op_named(part.op).draw(part.case, 0)
-    for impl in select(part.op, device="cuda", dtype=part.case.dtype):
-        row = next(r for r in rows if r["implementation"] == impl.name)
-        if row["status"] == "ok":
-            call = impl.make(part.case)
-            row.update(launches(lambda call=call: call(inputs)))
-            inputs.clear()
-
-
-def held(path: Path, part: Part) -> bool:
-    """The file has this part's rows for this device and commit."""
-    return any(
-        row["op"] == part.op
-        and row["shape"] == part.case.shape
-        and (row["dtype"], row["kept_share"]) == (part.case.dtype, part.case.kept_share)
-        and row["device"] == device_name("cuda")
-        and row["commit"] == commit() != "unknown"
-        for row in read_rows(path)
-    )
-
-
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--part", nargs="+", choices=[p.name for p in PARTS], metavar="NAME",
                         help="only these: " + " ".join(p.name for p in PARTS))  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts together")
-    parser.add_argument("--again", action="store_true", help="measure parts the file already holds")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
+    parser.add_argument("--again", action="store_true", help="run parts that are already done")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="what an earlier run left")
+    parser.add_argument("--dry-run", action="store_true", help="list the parts and their budgets")
+    args = parser.parse_args(given)
+    out = Path(os.environ.get("OUT") or HERE / "results")
+    if args.resume is not None:
+        if not (args.resume / DONE).exists():
+            parser.error(f"--resume {args.resume}: no {DONE} there")
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (FILE, DONE):
+            if args.resume.resolve() != out.resolve() and (args.resume / name).exists():
+                shutil.copyfile(args.resume / name, out / name)
+    cuda = torch.cuda.is_available()
+    device, code = device_name("cuda" if cuda else "cpu"), code_stamp()
+    done = set() if args.again else finished(out, device, code)
+    wanted = [p for p in PARTS if not args.part or p.name in args.part]
+    if args.dry_run:
+        listing(wanted, done)
+        return 0
+    if not cuda:
         print(
             "gpu_check needs a CUDA device: torch.cuda.is_available() is False "
             f"(torch {torch.__version__}); the CPU benchmarks are `python benchmarks/run.py`",
             file=sys.stderr,
         )
         return 2
-    out = Path(os.environ.get("OUT") or HERE / "results") / FILE
-    began, left = time.perf_counter(), []
-    for part in PARTS:
-        if (args.part and part.name not in args.part) or (not args.again and held(out, part)):
-            continue
-        spent = time.perf_counter() - began
-        if spent + part.seconds > args.minutes * 60:
-            left.append(part.name)
-            continue
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-        rows = run_case(
-            op_named(part.op), part.case, rounds=part.rounds, names=part.names,
-            inner=1 if part.op == "linear_policy_loss" else 5, say=lambda text: None,
-        )  # fmt: skip
-        if isinstance(part.case, SmallCase):
-            add_launches(part, rows)
-        for row in rows:
-            row["part"] = part.name
-        write_rows(out, rows)
-        show(rows)
-        print(f"{part.name}: {time.perf_counter() - began - spent:.0f} s", flush=True)
-    if left:
-        print(f"not begun for lack of time (run again, or --part NAME): {' '.join(left)}")
-    print(f"rows in {out}")
-    return 0
+    out.mkdir(parents=True, exist_ok=True)
+    states: dict[str, str] = {}
+
+    def tell(name: str, status: str, seconds: float, reason: str) -> None:
+        states[name] = status
+        print(f"== {name}: {status} {reason} ({seconds:.0f} s)", flush=True)
+        if status != "skipped":
+            record(out, name, status, seconds, reason=reason, device=device, code=code)
+
+    until = time.time() + 60 * args.minutes
+    parts = [p for p in wanted if p.name not in done]
+    supervise(parts, until, lambda names: worker(out / FILE, until, names), tell)
+    summary = {s: [n for n, state in states.items() if state == s] for s in set(states.values())}
+    print(json.dumps({"done before": len(done), **{k: len(v) for k, v in summary.items()}}))
+    for status in ("failed", "timeout", "skipped"):
+        if status in summary:
+            print(f"{status}: {' '.join(summary[status])}")
+    if "skipped" in summary:
+        print(f"run again with --resume {out} for what was not begun")
+    return int("failed" in summary or "timeout" in summary)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# make gpu-check: build for the GPU, run the tests there, then the benchmark grid. It installs
-# nothing, so that it works offline on an image that has torch, nvcc and pytest; PYTHON says which
-# interpreter (3.11 or newer; default: .venv's if there is one, else python3). JSONL goes to $OUT.
+# make gpu-check: build for the GPU, then tests, the benchmark grid and sweeps (gpu_check.py), within
+# ten minutes. It installs nothing, so that it works offline on an image that has torch, nvcc and
+# pytest; PYTHON says which interpreter (3.11 or newer; default: .venv's if there is one, else
+# python3). JSONL goes to $OUT. MINUTES bounds the parts, PARTS names some, RESUME is a folder that
+# an earlier run left: its finished parts are not run again.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -16,7 +18,6 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   echo "gpu-check needs a CUDA device, and $PYTHON sees none" >&2
   exit 2
 fi
-status=0
 echo "== build"
 if ! PYRL_BUILD=cuda "$PYTHON" -m pip install -q --no-deps --no-build-isolation --no-index -e . \
   >"$OUT/build.log" 2>&1; then
@@ -29,11 +30,8 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__)
 for name, reason in pyrl.backends().items():
     print(f"  {name}: {reason or 'usable'}")
 PY
-echo "== tests"
-timeout "${TEST_SECONDS:-240}" "$PYTHON" -P -m pytest -q -p no:cacheprovider \
-  tests/ops tests/kernels tests/losses tests/packing -m "not slow and not vllm" 2>&1 |
-  tee "$OUT/tests.log" | tail -15
-[ "${PIPESTATUS[0]}" = 0 ] || status=1
-echo "== benchmarks"
-"$PYTHON" benchmarks/gpu_check.py --minutes "${MINUTES:-5}" || status=1
-exit $status
+echo "== parts"
+arguments=(--minutes "${MINUTES:-8}")
+[ -n "${PARTS:-}" ] && read -ra names <<<"$PARTS" && arguments+=(--part "${names[@]}")
+[ -n "${RESUME:-}" ] && arguments+=(--resume "$RESUME")
+exec "$PYTHON" benchmarks/gpu_check.py "${arguments[@]}"

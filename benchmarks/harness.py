@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -45,6 +46,8 @@ class Timing:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Timing:
+        """NaN marks a round that the variant sat out."""
+        samples = [value for value in samples if value == value]
         return cls(
             p20=quantile(samples, 0.2),
             p50=quantile(samples, 0.5),
@@ -66,10 +69,12 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def median_ratio(samples: Sequence[float], limit: Sequence[float]) -> float:
-    """median_i samples[i] / limit[i]: the pairs come from the same round, so drift cancels."""
+    """median_i samples[i] / limit[i]: the pairs come from the same round, so drift cancels. NaN
+    marks a round that either sat out."""
     if len(samples) != len(limit):
         raise ValueError(f"{len(samples)} samples against {len(limit)} of the limit")
-    return statistics.median(a / b for a, b in zip(samples, limit, strict=True))
+    pairs = zip(samples, limit, strict=True)
+    return statistics.median(a / b for a, b in pairs if a == a and b == b)
 
 
 def timed_ms(call: Callable[[], Any], device: str, flush: torch.Tensor | None = None) -> float:
@@ -99,10 +104,12 @@ def interleave(
     seed: int = 0,
     inner: int = 1,
     between: Callable[[Any], None] | None = None,
+    slow_ms: float = math.inf,
 ) -> dict[str, list[float]]:
     """Milliseconds per variant and round. `draw(round)` makes that round's inputs; `between` (for
     example dropping gradients) runs untimed before every call; `inner` repeats a short call inside
-    one timing and divides."""
+    one timing and divides. A variant whose first round took longer than `slow_ms` runs only in
+    every third round; the others are NaN."""
     order = list(calls)
     shuffler = random.Random(seed)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if device == "cuda" else None
@@ -111,6 +118,9 @@ def interleave(
         inputs = draw(i)
         shuffler.shuffle(order)
         for name in order:
+            if i % 5 and samples[name][0] > slow_ms:
+                samples[name].append(math.nan)
+                continue
             if between is not None:
                 between(inputs)
             call = calls[name]
@@ -287,9 +297,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Merge `rows` into the JSONL file at `path`: one object a line, newest per key."""
-    merged = {row_key(row): dict(row) for row in read_rows(path)}
+def case_key(row: Mapping[str, Any]) -> str:
+    """What the rows of one table have in common."""
+    return json.dumps([row.get(k) for k in KEY if k != "implementation"], sort_keys=True)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, whole_cases: bool = False) -> None:
+    """Merge `rows` into the JSONL file at `path`: one object a line, newest per key. With
+    `whole_cases` older rows of the same cases go: a table then holds one run, under one load."""
+    rows = list(rows)
+    gone = {case_key(row) for row in rows} if whole_cases else set()
+    merged = {row_key(row): dict(row) for row in read_rows(path) if case_key(row) not in gone}
     for row in rows:
         merged.pop(row_key(row), None)
         merged[row_key(row)] = dict(row)

@@ -115,6 +115,7 @@ def run(
     out: Path,
     *,
     quick: bool = False,
+    everything: bool = False,
     rounds: int | None = None,
     names: tuple[str, ...] | None = None,
     say: Callable[[str], None] = print,
@@ -141,7 +142,7 @@ def run(
                 continue
             say(f"packing: {name}, {n} lengths, {kind}")
             samples, excess = [], []
-            for i in range(rounds or 3):
+            for i in range(rounds or 2):
                 drawn = lengths(kind, n, np.random.default_rng(i))
                 began = time.perf_counter()
                 bins = np.asarray(plan(drawn, CAPACITY))
@@ -155,7 +156,7 @@ def run(
                 rows_over_bound=round(float(np.median(excess)), 5),
             )  # fmt: skip
     if not names or TREE in names:
-        rows += run_trees(n, rounds or 3, where, say)
+        rows += run_trees(n, rounds or 2, where, say)
     write_rows(out / f"{NAME}.jsonl", rows)
     return rows
 

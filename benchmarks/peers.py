@@ -138,7 +138,7 @@ def reference(inputs: Inputs, rows: int = 256) -> Output:
     return Output(total, hidden.grad, weight.grad)
 
 
-def _output(loss: Tensor, inputs: Inputs) -> Output:
+def output_of(loss: Tensor, inputs: Inputs) -> Output:
     return Output(loss.detach(), inputs.hidden.grad, inputs.weight.grad)
 
 
@@ -175,7 +175,7 @@ def make_naive(case: Case) -> Callable[[Inputs], Output]:
     def call(inputs: Inputs) -> Output:
         loss = _naive_loss(inputs.hidden, inputs.weight, inputs)
         loss.backward()
-        return _output(loss, inputs)
+        return output_of(loss, inputs)
 
     return call
 
@@ -186,60 +186,7 @@ def make_compiled(case: Case) -> Callable[[Inputs], Output]:
     def call(inputs: Inputs) -> Output:
         loss = compiled(inputs.hidden, inputs.weight, inputs)
         loss.backward()
-        return _output(loss, inputs)
-
-    return call
-
-
-def make_liger(chunk_size: int | None) -> Callable[[Case], Callable[[Inputs], Output]]:
-    """`chunk_size` counts sequences; None takes the whole batch at once (its own vocabulary
-    chunking then bounds the memory)."""
-
-    def make(case: Case) -> Callable[[Inputs], Output]:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-        length = case.sequence_length
-        batch = case.tokens // length
-        module = LigerFusedLinearGRPOLoss(
-            beta=0.0, use_ref_model=False, loss_type="dapo", epsilon_low=CLIP, epsilon_high=CLIP,
-            chunk_size=chunk_size or batch, compiled=True,
-        )  # fmt: skip
-
-        def call(inputs: Inputs) -> Output:
-            loss, _ = module(
-                inputs.hidden.view(batch, length, -1),
-                inputs.weight,
-                inputs.target.view(batch, length),
-                inputs.keep.view(batch, length).float(),
-                inputs.advantage.view(batch, length)[:, 0],
-                old_per_token_logps=inputs.old.view(batch, length),
-            )
-            loss.backward()
-            return _output(loss, inputs)
-
-        return call
-
-    return make
-
-
-def make_trl(case: Case) -> Callable[[Inputs], Output]:
-    """As `add_fused_lm_head` calls it: only the kept rows where Triton runs, all rows elsewhere."""
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-
-    compact = case.device == "cuda" and case.kept_share < 1
-
-    def call(inputs: Inputs) -> Output:
-        rows = inputs.keep if compact else slice(None)
-        logp, *_ = ChunkedLogProbFunction.apply(
-            inputs.hidden[rows], inputs.weight, None, inputs.target[rows], 1.0,
-            _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, (),
-        )  # fmt: skip
-        if compact:
-            logp = torch.zeros_like(inputs.old).masked_scatter(inputs.keep, logp)
-        loss = clip_loss(logp, inputs)
-        loss.backward()
-        return _output(loss, inputs)
+        return output_of(loss, inputs)
 
     return call
 
@@ -258,7 +205,7 @@ def pyrl_maker(op: str, backend: str) -> Callable[[Case], Callable[[Inputs], Out
                 old_logprob=inputs.old, mask=inputs.keep, backend=backend,
             )  # fmt: skip
             out.loss.backward()
-            return _output(out.loss, inputs)
+            return output_of(out.loss, inputs)
 
         return call
 

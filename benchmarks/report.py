@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import memory
 import packing
+import plots
 import shared_prefix
+import static_table
 import table
 import trainer_step
 from harness import HERE, read_rows
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 HEAD = """# Benchmark results
 
-Made by `python benchmarks/run.py` from `benchmarks/results/*.jsonl`; do not edit. Times are medians
-over rounds in which every variant runs once on freshly drawn inputs, in shuffled order; × limit is
-the median over rounds of the ratio to the limit timed in the same round. Peak memory is the growth
-above the inputs in a fresh process, second call, gradients included. The error is the larger of
-the two gradients' relative norm of difference to float64; `!` marks what breaks the loss contract's
-rule (the naive form's own error + 5e-6 in fp32, + 1e-3 in bf16). `load` is the machine's load
-average when a run began: well above 0 means that other work shared the cores.
+Made by `make bench` (`benchmarks/run.py`) from `benchmarks/results/*.jsonl`; do not edit. Times are
+medians over rounds in which every variant runs once on freshly drawn inputs, in shuffled order; ×
+limit is the median over rounds of the ratio to the limit timed in the same round. A variant slower
+than 2.5 times the limit is timed in every fifth round only. Peak memory is the growth above the
+inputs in a fresh process, second call, gradients included. The error is the larger of the two
+gradients' relative norm of difference to float64; `!` marks what breaks the loss contract's rule
+(the naive form's own error + 5e-6 in fp32, + 1e-3 in bf16). `load` is the machine's load average
+when a run began: well above 0 means that other work shared the cores.
 """
+NAME = "linear_policy_loss"
 LIMITS = {
     "linear_policy_loss": "The limit: the three matrix products of forward and backward (6NDV over "
     "the kept rows), outputs preallocated.",
+    "logits_policy_loss": "The limit: a copy of the logits, which moves what must be moved: the "
+    "kept rows read, the gradient written.",
     "policy_objective": "The limit: one copy of the inputs.",
     "group_advantage": "The limit: one copy of the inputs.",
 }
-COLOURS = {"limit": "#9a9a9a", "peer": "#6b8fb5", "pyrl": "#d1603d"}
 
 
 def write(folder: Path, target: Path | None = None) -> list[Path]:
@@ -51,11 +52,28 @@ def write(folder: Path, target: Path | None = None) -> list[Path]:
             LIMITS["linear_policy_loss"],
             "",
         ]
-        parts.append(table.markdown(losses))
-        picture = plot_losses(losses, folder / "linear_policy_loss.png")
-        if picture is not None:
-            written.append(picture)
-            parts.append(f"![time and memory]({picture.relative_to(target.parent)})\n")
+        for draw, name, text in (
+            (plots.bars, NAME, "time and memory"),
+            (plots.curves, f"{NAME}_by_tokens", "time and memory against N"),
+            (plots.shares, f"{NAME}_share", "share of the limit"),
+        ):
+            picture = draw(losses, folder / f"{name}.png")
+            if picture is not None:
+                written.append(picture)
+                parts.append(f"![{text}]({picture.relative_to(target.parent)})\n")
+        parts += [table.grid_markdown(losses), table.kept_markdown(losses)]
+        parts += ["### Every figure", "", table.markdown(losses)]
+    logits = by_name.pop("logits_policy_loss", [])
+    if logits:
+        parts += ["## Logits to policy loss, forward + backward", "", LIMITS["logits_policy_loss"],
+                  "", table.markdown(logits)]  # fmt: skip
+    static = by_name.pop("static", [])
+    if static:
+        parts += ["## Static (no GPU)", ""]
+        if not by_name.get("gpu_check"):
+            parts += ["No GPU figure of this package has been measured yet.", ""]
+        parts.append(static_table.markdown(static))
+    by_name.pop("gpu_check_parts", None)
     steps = by_name.pop("trainer_step", [])
     if steps:
         parts += ["## A whole training step", "", trainer_step.markdown(steps)]
@@ -80,48 +98,30 @@ def write(folder: Path, target: Path | None = None) -> list[Path]:
     shared = by_name.pop("shared_prefix", [])
     if shared:
         parts += ["## A policy update with shared prefixes", "", shared_prefix.markdown(shared)]
+    scoring = by_name.pop("scoring_overlap", [])
+    if scoring:
+        parts += ["## What scoring adds to a training step", "", scoring_markdown(scoring)]
     for name, rows in by_name.items():
         parts += [f"## {name}", "", table.markdown(rows)]
     target.write_text("\n".join(parts))
     return [target, *written]
 
 
-def plot_losses(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
-    """Bars per implementation: time over the limit, and peak memory over the gradients' own size,
-    one row of axes per dtype, all rows kept."""
-    timed = [
-        r for r in rows
-        if r["status"] == "ok" and r.get("ratio_to_limit") and r["kept_share"] == 1
-        and r["role"] != "limit"
-    ]  # fmt: skip
-    dtypes = sorted({r["dtype"] for r in timed}, reverse=True)
-    if not dtypes:
-        return None
-    figure, axes = plt.subplots(len(dtypes), 2, figsize=(9, 2.6 * len(dtypes)), squeeze=False)
-    for (left, right), dtype in zip(axes, dtypes, strict=True):
-        members = [r for r in timed if r["dtype"] == dtype][::-1]
-        names = [r["implementation"] for r in members]
-        colours = [COLOURS[r["role"]] for r in members]
-        bars = left.barh(names, [r["ratio_to_limit"] for r in members], color=colours)
-        left.bar_label(bars, fmt="×%.2f", padding=3, fontsize=8)
-        left.axvline(1, color=COLOURS["limit"], linestyle="--", linewidth=1)
-        left.set_title(f"{dtype}: time / bare matrix products", fontsize=9)
-        peaks = [r.get("peak_mib") or 0.0 for r in members]
-        bars = right.barh(names, peaks, color=colours)
-        right.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-        grads = max((r.get("grads_mib") or 0.0 for r in members), default=0.0)
-        right.axvline(grads, color=COLOURS["limit"], linestyle="--", linewidth=1)
-        right.set_title(f"{dtype}: peak MiB above inputs (dashed: the gradients)", fontsize=9)
-        for axis in (left, right):
-            axis.tick_params(labelsize=8)
-            axis.margins(x=0.18)
-            axis.spines[["top", "right"]].set_visible(False)
-    first = timed[0]
-    figure.suptitle(
-        f"linear_policy_loss, {table.shape_text(first)}, {first['device']}", fontsize=10
+def scoring_markdown(rows: list[dict[str, Any]]) -> str:
+    """A line an arm of the newest run of scoring_overlap.py, which is no part of run.py."""
+    last = rows[-1]
+    lines = [
+        [
+            arm,
+            f"{statistics.median(step['seconds'] for step in steps):.2f}",
+            f"{statistics.median(step['score'] for step in steps):.3f}",
+            f"{last['added'][arm]:+.1%}",
+        ]
+        for arm, steps in last["rows"].items()
+    ]
+    columns = ("scoring", "s a step", "of which waiting for scores", "added to the same step")
+    conditions = (
+        f"{last['machine']}, torch {last['versions']['torch']}, commit {last['commit'][:7]}, "
+        f"{last['steps']} steps (benchmarks/scoring_overlap.py)"
     )
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    return "\n".join([*table.markdown_cells(columns, lines), "", conditions, ""])

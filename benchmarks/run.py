@@ -1,8 +1,10 @@
-"""The one entry to the benchmarks.
+"""The one entry to the benchmarks (`pyrl bench` and `make bench` start it).
 
-    python benchmarks/run.py                          # everything (minutes), then RESULTS.md
+    python benchmarks/run.py                          # under 20 minutes, then RESULTS.md
     python benchmarks/run.py --only trainer_step      # one of them
+    python benchmarks/run.py --all                    # every cell and more rounds: hours
     python benchmarks/run.py --quick                  # seconds; proves the machinery, not the speed
+    python benchmarks/run.py --static                 # GPU kernels, compiled and counted, no timing
     python benchmarks/run.py --only report            # RESULTS.md and the plots again, no timing
 
 Results go to benchmarks/results/NAME.jsonl (quick ones to results/quick/), one object a line; a new
@@ -16,51 +18,76 @@ import importlib
 import time
 from pathlib import Path
 
-from table import terminal
+from table import print_cells, terminal
 
 BENCHMARKS = (
-    "linear_policy_loss", "small_ops", "packing", "shared_prefix", "trainer_step", "memory",
+    "linear_policy_loss", "logits_policy_loss", "small_ops", "packing", "shared_prefix",
+    "trainer_step", "memory",
 )  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", choices=(*BENCHMARKS, "report"), help="run one benchmark")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+    parser.add_argument("--all", action="store_true", help="every cell of every benchmark: hours")
+    parser.add_argument("--static", action="store_true", help="GPU kernels without a GPU")
     parser.add_argument(
         "--rounds", type=int, help="rounds (steps of the trainers) instead of the default"
     )
     parser.add_argument("--implementations", nargs="+", help="only these rows of the registry")
     parser.add_argument("--out", type=Path, help="folder for the result files")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if args.rounds is not None and args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: expected at least 1")
-
     if args.implementations and not args.only:
         parser.error("--implementations names rows of one benchmark: give --only NAME too")
+    if args.static and args.only:
+        parser.error(f"--static and --only {args.only} are two different things: give one")
+    return args
 
+
+def main(given: list[str] | None = None) -> int:
+    args = arguments(given)
     console = terminal()
     out = args.out or HERE / "results" / ("quick" if args.quick else "")
     names = tuple(args.implementations) if args.implementations else None
-    for benchmark in (args.only,) if args.only else BENCHMARKS:
+    chosen = [args.only] if args.only else [*BENCHMARKS]
+    if args.static:
+        chosen = ["static"]
+    spent: dict[str, float] = {}
+    for benchmark in chosen:
         if benchmark == "report":
             continue
         began = time.perf_counter()
         module = importlib.import_module(benchmark)
         rows = module.run(
-            out, quick=args.quick, rounds=args.rounds, names=names,
+            out, quick=args.quick, everything=args.all, rounds=args.rounds, names=names,
             say=lambda text: console.print(f"[dim]{text}"),
         )  # fmt: skip
         getattr(module, "show", importlib.import_module("table").show)(rows)
-        console.print(f"{benchmark}: {time.perf_counter() - began:.0f} s")
+        spent[benchmark] = time.perf_counter() - began
     if not args.quick:
+        began = time.perf_counter()
         report = importlib.import_module("report")
         for path in report.write(out):
             console.print(f"wrote {path}")
+        spent["report"] = time.perf_counter() - began
+    show_seconds(spent)
+    return 0
+
+
+def show_seconds(spent: dict[str, float]) -> None:
+    """Where the time went."""
+    total = sum(spent.values())
+    rows = [[name, f"{seconds:.0f}", f"{seconds / total:.0%}"] for name, seconds in spent.items()]
+    print_cells(
+        "seconds", ("part", "seconds", "share"), [*rows, ["all", f"{total:.0f}", "100%"]], 1
+    )
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -29,6 +29,7 @@ def run(
     out: Path,
     *,
     quick: bool = False,
+    everything: bool = False,
     rounds: int | None = None,
     names: tuple[str, ...] | None = None,
     say: Callable[[str], None] = print,
@@ -59,12 +60,14 @@ def run(
     chosen = [name for name in VARIANTS if not names or name in names or name == "plain"]
     calls = {name: functools.partial(update, packing=name) for name in chosen}
     rows: list[dict[str, Any]] = []
+    least = functools.partial(draw_samples, prompts=prompts, length=length, share=SHARES[-1])
+    for call in calls.values():  # warm-up; shapes of rows differ from draw to draw anyway
+        call(least(2**31))
+    rounds = rounds or (1 if quick else 5 if everything else 2)
     for share in SHARES[1:2] if quick else SHARES:
         draw = functools.partial(draw_samples, prompts=prompts, length=length, share=share)
         say(f"shared_prefix: prompts are {share:.0%} of the tokens")
-        for call in calls.values():  # warm-up
-            call(draw(2**31))
-        times = interleave(calls, draw, rounds=rounds or (1 if quick else 5), device="cpu")
+        times = interleave(calls, draw, rounds=rounds, device="cpu")
         for name, samples in times.items():
             timing = Timing.of(samples)
             rows.append({

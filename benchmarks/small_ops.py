@@ -19,12 +19,17 @@ OPS = ("policy_objective", "group_advantage")
 #: Larger than the 32 MiB last-level cache of the usual test machine: 2^22 tokens hold 52 MiB.
 FULL_TOKENS = 2**22
 QUICK_TOKENS = 2**14
+#: Slower than this times a copy (autograd in float64): timed in every fifth round.
+SLOW = 100
+#: Whose peak memory is measured, each in a process of its own.
+HELD = ("naive", "pyrl-cpu")
 
 
 def run(
     out: Path,
     *,
     quick: bool = False,
+    everything: bool = False,
     rounds: int | None = None,
     names: tuple[str, ...] | None = None,
     say: Callable[[str], None] = print,
@@ -38,10 +43,11 @@ def run(
         rows += run_case(
             op_named(op),
             case,
-            rounds=rounds or (3 if quick else 9),
+            rounds=rounds or (3 if quick else 5),
             names=names,
-            memory=not quick and device == "cpu",
+            memory=HELD if not quick and device == "cpu" else False,
+            slow=SLOW,
             say=say,
         )
-    write_rows(out / f"{NAME}.jsonl", rows)
+    write_rows(out / f"{NAME}.jsonl", rows, whole_cases=names is None)
     return rows

@@ -3,6 +3,7 @@ each one's peak memory in a fresh process, and return rows with their conditions
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib
 import json
@@ -13,8 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import Timing, conditions, interleave, measure_peak, median_ratio, run_child
-from registry import Implementation, find, select
+from harness import (
+    Timing,
+    conditions,
+    interleave,
+    measure_peak,
+    median_ratio,
+    run_child,
+    timed_ms,
+)
+from registry import Implementation, elsewhere, find, select
 
 #: Allowed beyond the naive form's own error against float64 (relative norm): the loss contract's
 #: rule for this package's backends, reported for everybody.
@@ -22,6 +31,8 @@ RULE = {"float32": 5e-6, "bfloat16": 1e-3}
 #: Beyond this an implementation computes something else and is not timed: twice the naive form's
 #: error (peers round at other places) plus a margin of one dtype's accumulated rounding.
 GATE = {"float32": 1e-4, "bfloat16": 1e-2}
+#: The same for log-probs rounded to bf16: 2^-9 of |log-prob| = 11 is 2 % of a token's gradient.
+GATE_ROUNDED = {"float32": 1e-4, "bfloat16": 5e-2}
 #: What an implementation may raise to say that it cannot run here.
 CANNOT = (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError)
 
@@ -63,6 +74,18 @@ def _small_op(name: str) -> Op:
     )
 
 
+def _logits_op(name: str) -> Op:
+    logits = importlib.import_module("logits_peers")
+    return Op(
+        name=name,
+        case=logits.LogitsCase,
+        draw=logits.draw,
+        reference=logits.reference,
+        limit="copy",
+        rate=lambda case, seconds: {"gbytes_per_second": round(case.bytes / seconds / 1e9, 2)},
+    )
+
+
 def _row_op(name: str) -> Op:
     rows = importlib.import_module("row_peers")
     return Op(
@@ -78,6 +101,8 @@ def _row_op(name: str) -> Op:
 def op_named(name: str) -> Op:
     if name == "linear_policy_loss":
         return _loss_op()
+    if name == "logits_policy_loss":
+        return _logits_op(name)
     return _row_op(name) if name.startswith("logits_") else _small_op(name)
 
 
@@ -107,12 +132,17 @@ def run_case(
     *,
     rounds: int,
     names: tuple[str, ...] | None = None,
-    memory: bool = True,
+    memory: bool | Sequence[str] = True,
     inner: int = 1,
     seed: int = 0,
+    slow: float = math.inf,
+    check: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Rows for every implementation of `op` at `case`, those that cannot run included."""
+    """Rows for every implementation of `op` at `case`, or for `names`; without names, those that
+    cannot run here are rows that say why. `memory` may name whose peak is measured. A variant
+    slower than `slow` times the limit is timed in every fifth round only; without
+    `check` nothing is compared with float64 (a large N repeats what a smaller one showed)."""
     table = select(op.name, device=case.device, dtype=case.dtype, names=names)
     where = conditions(case.device)
     run = uuid.uuid4().hex[:8]
@@ -120,7 +150,7 @@ def run_case(
     calls: dict[str, Callable[[Any], Any]] = {}
 
     inputs = op.draw(case, seed)
-    truth = op.reference(inputs)
+    truth = op.reference(inputs) if check else None
     yardstick: dict[str, float] | None = None
     # The naive form goes first: its error in this dtype is what the others are judged by.
     for impl in sorted(table, key=lambda impl: impl.name != "naive"):
@@ -129,13 +159,12 @@ def run_case(
         try:
             call = impl.make(case)
             inputs.clear()
-            output = call(inputs)
+            # Without a check a smaller case has warmed the code up, unless it compiles per shape.
+            output = call(inputs) if check or impl.compiled else None
         except CANNOT as error:
-            row.update(
-                status="absent", reason=f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            )
+            row.update(status="absent", reason=why(impl, error))
             continue
-        if impl.role == "limit":
+        if impl.role == "limit" or not check:
             row["status"] = "ok"
             calls[impl.name] = call
             continue
@@ -148,8 +177,9 @@ def run_case(
         if yardstick is not None:
             within = all(e <= bounds[k] + RULE[case.dtype] for k, e in errors.items())
             row["within_rule"] = within
+        gate = (GATE_ROUNDED if impl.rounds_logprob else GATE)[case.dtype]
         # `not <=` so that a NaN fails.
-        if not all(e <= 2 * bounds[k] + GATE[case.dtype] for k, e in errors.items()):
+        if not all(e <= 2 * bounds[k] + gate for k, e in errors.items()):
             row.update(status="wrong", reason=f"differs from float64: {describe(errors)}")
             continue
         row["status"] = "ok"
@@ -159,6 +189,11 @@ def run_case(
     del truth, inputs
 
     say(f"{op.name} {case.dtype}: timing {len(calls)} variants, {rounds} rounds")
+    slow_ms = math.inf
+    if op.limit in calls and slow < math.inf:
+        drawn = op.draw(case, seed)
+        slow_ms = slow * timed_ms(lambda: calls[op.limit](drawn), case.device)
+        del drawn
     samples = interleave(
         calls,
         lambda i: op.draw(case, seed + 1 + i),
@@ -167,6 +202,7 @@ def run_case(
         seed=seed,
         inner=inner,
         between=lambda drawn: drawn.clear(),
+        slow_ms=slow_ms,
     )
     limit = samples.get(op.limit)
     for name, values in samples.items():
@@ -179,19 +215,41 @@ def run_case(
             ratio = median_ratio(values, limit)
             rows[name].update(ratio_to_limit=round(ratio, 4), share_of_limit=round(1 / ratio, 4))
     if memory:
-        for name in calls:
-            say(f"{op.name} {case.dtype}: peak memory of {name}, in a fresh process")
-            described = json.dumps(dataclasses.asdict(case))
-            if case.device == "cuda":  # the allocator counts exactly: no fresh process is needed
-                found = peak_of(op.name, name, described)
-            else:
-                found = run_child("suite.py", "--peak", op.name, name, described)
+        chosen = list(calls) if memory is True else [n for n in calls if n in memory]
+        say(f"{op.name} {case.dtype}: peak memory of {len(chosen)}, a fresh process each")
+        for name, found in peaks_of(op.name, case, chosen).items():
             rows[name].update(
                 {"memory_reason": found["error"]}
                 if "error" in found
                 else {key: round(value, 1) for key, value in found.items()}
             )
-    return list(rows.values())
+    found = list(rows.values())
+    if names is None:
+        for impl, reason in elsewhere(op.name, device=case.device, dtype=case.dtype):
+            found.append(
+                _blank(op, impl, case, where, run) | {"status": "absent", "reason": reason}
+            )
+    return found
+
+
+def peaks_of(op_name: str, case: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each one's `peak_of`. Two processes at a time: how fast they are does not matter here."""
+    described = json.dumps(dataclasses.asdict(case))
+    if case.device == "cuda":  # the allocator counts exactly: no fresh process is needed
+        return {name: peak_of(op_name, name, described) for name in names}
+
+    def measured(name: str) -> dict[str, Any]:
+        return run_child("suite.py", "--peak", op_name, name, described)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(measured, names), strict=True))
+
+
+def why(impl: Implementation, error: BaseException) -> str:
+    """In a line: the missing package, or what the implementation said."""
+    if isinstance(error, ImportError) and impl.version is None:
+        return f"package {impl.package} is not installed"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _blank(
@@ -201,7 +259,7 @@ def _blank(
         "op": op.name,
         "implementation": impl.name,
         "role": impl.role,
-        "backend": impl.backend,
+        "backend": impl.backend or "torch",
         "package": impl.package,
         "version": impl.version,
         "dtype": case.dtype,

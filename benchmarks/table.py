@@ -79,7 +79,9 @@ def cells(row: Row) -> list[str]:
             worst_error(row),
         ]
     rate = (
-        f"{row['gflops']:.0f} GFLOP/s"
+        f"{row['gflops'] / 1e3:.0f} TFLOP/s"
+        if row.get("gflops", 0) >= 1e4
+        else f"{row['gflops']:.0f} GFLOP/s"
         if "gflops" in row
         else f"{row['gbytes_per_second']:.1f} GB/s"
         if "gbytes_per_second" in row
@@ -88,6 +90,70 @@ def cells(row: Row) -> list[str]:
     spread = f"{number(row['ms_p50'])} ({number(row['ms_p20'])}–{number(row['ms_p80'])})"
     peak = "–" if row.get("peak_mib") is None else f"{row['peak_mib']:.0f}"
     return [name, version, spread, number(row.get("ratio_to_limit")), rate, peak, worst_error(row)]
+
+
+def cell_key(row: Row) -> tuple[Any, ...]:
+    """Rows of one run of a case: their times and memory stand side by side."""
+    return (*row["shape"], row["dtype"], row["kept_share"], row["device"])
+
+
+GRID_COLUMNS = (
+    "N D V", "dtype", "kept", "limit ms", "pyrl", "ms", "× limit", "MiB over gradients",
+    "next best", "× limit",
+)  # fmt: skip
+
+
+def grid_markdown(rows: Sequence[Row]) -> str:
+    """A line a case: the limit, the best of this package, the best of the others."""
+    cases: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row.get("ratio_to_limit"):
+            cases.setdefault(cell_key(row), []).append(row)
+    lines = []
+    for key in sorted(cases, key=lambda k: (k[-1], k[3] == "bfloat16", k[1:3], k[0], -k[4])):
+        members = sorted(cases[key], key=lambda r: r["ratio_to_limit"])
+        limit = next((r for r in members if r["role"] == "limit"), None)
+        ours = next((r for r in members if r["role"] == "pyrl"), None)
+        other = next((r for r in members if r["role"] == "peer"), None)
+        if limit is None or ours is None:
+            continue
+        over = ours.get("peak_mib")
+        lines.append([
+            " ".join(map(str, key[:3])), key[3], f"{key[4]:.0%}", number(limit["ms_p50"]),
+            ours["implementation"], number(ours["ms_p50"]), f"{ours['ratio_to_limit']:.2f}",
+            "–" if over is None else f"{over - ours['grads_mib']:.0f}",
+            other["implementation"] if other else "–",
+            f"{other['ratio_to_limit']:.2f}" if other else "–",
+        ])  # fmt: skip
+    if not lines:
+        return ""
+    return "\n".join(["### The grid at a glance", "", *markdown_cells(GRID_COLUMNS, lines), ""])
+
+
+def kept_markdown(rows: Sequence[Row]) -> str:
+    """ms at a share of kept rows over ms at all of them, same shape, dtype and commit."""
+    times = {
+        (r["implementation"], tuple(r["shape"]), r["dtype"], r["device"], r["kept_share"]): r
+        for r in rows
+        if r["status"] == "ok" and r.get("ms_p50")
+    }
+    lines = []
+    for key in sorted(times, key=lambda k: (k[1], k[2], k[0])):
+        half, fifth = (times.get((*key[:4], share)) for share in (0.5, 0.2))
+        if key[4] != 1 or (half is None and fifth is None):
+            continue
+        cells_ = ["–" if r is None else f"{r['ms_p50'] / times[key]['ms_p50']:.2f}"
+                  for r in (half, fifth)]  # fmt: skip
+        lines.append(
+            [key[0], shape_text(times[key]), key[2], number(times[key]["ms_p50"]), *cells_]
+        )
+    if not lines:
+        return ""
+    columns = ("implementation", "shape", "dtype", "ms, all kept", "50% kept", "20% kept")
+    return "\n".join([
+        "### Kept share: time over the time with every row kept", "",
+        *markdown_cells(columns, lines), "",
+    ])  # fmt: skip
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:

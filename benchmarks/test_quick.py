@@ -2,19 +2,23 @@
 that what is timed computes the right thing."""
 
 import pytest
+from logits_peers import LogitsCase
 from peers import Case
 from registry import REGISTRY, Implementation
 from small_peers import SmallCase
-from suite import CANNOT, GATE, errors_of, op_named
+from suite import CANNOT, GATE, GATE_ROUNDED, errors_of, op_named
 
 from pyrl import BackendUnavailableError
 
-ROWS = [row for row in REGISTRY if "cpu" in row.devices and not row.op.startswith("logits_")]
+#: The row primitives that a backend supplies have tests of their own.
+ROWS = [r for r in REGISTRY if "cpu" in r.devices and r.op not in ("logits_stats", "logits_grad")]
 
 
-def case_of(row: Implementation, dtype: str) -> Case | SmallCase:
+def case_of(row: Implementation, dtype: str) -> Case | LogitsCase | SmallCase:
     if row.op == "linear_policy_loss":
         return Case(tokens=256, hidden=64, vocab=4096, dtype=dtype)
+    if row.op == "logits_policy_loss":
+        return LogitsCase(tokens=256, vocab=4096, dtype=dtype)
     return SmallCase(op=row.op, tokens=4096)
 
 
@@ -34,6 +38,7 @@ def test_quick(benchmark, row: Implementation, dtype: str) -> None:
             raise
         pytest.skip(f"{type(error).__name__}: {error}".splitlines()[0])
     if row.role != "limit":
-        assert max(errors_of(output, op.reference(inputs)).values()) <= GATE[dtype]
+        gate = (GATE_ROUNDED if row.rounds_logprob else GATE)[dtype]
+        assert max(errors_of(output, op.reference(inputs)).values()) <= gate
     benchmark.group = f"{row.op} {dtype}"
     benchmark.pedantic(call, args=(inputs,), setup=inputs.clear, rounds=3)

@@ -5,9 +5,9 @@
 SmolLM2-135M, 8 prompts x 8 completions x at most 32 new tokens, the same prompts in the same order,
 the same reward function, the same loss (clip 0.2 / 0.2, mean over tokens), AdamW at 1e-6, gradient
 norm clipped at 1, temperature 1, no KL term. Each trainer runs in its own fresh process, one after
-the other; the first step is warm-up and left out. `peak_rss_mib` is the trainer process' maximum
-resident memory as the system reports it at exit; `peak_tree_mib` samples the proportional memory of
-it and all its helpers.
+the other; the first step is warm-up and left out, but for TRL, which runs one (`Trainer.steps`).
+`peak_rss_mib` is the trainer process' maximum resident memory as the system reports it at exit;
+`peak_tree_mib` samples the proportional memory of it and all its helpers.
 """
 
 from __future__ import annotations
@@ -66,13 +66,22 @@ class Trainer:
     note: str
     options: dict[str, Any]
     task: str = "dense"
+    extra: bool = False
+    """Only with --all, or named."""
+
+    def steps(self, measured: int | None) -> int:
+        """A step of TRL takes over a minute, and its first is like the others (0.93 to 1.06 of
+        them): by itself it runs one, and `seconds` is that. Ours runs a warm-up and two."""
+        if measured is not None:
+            return 1 + measured
+        return 1 if self.package == "trl" else 3
 
 
 TRAINERS: tuple[Trainer, ...] = (
     Trainer(
         name="trl", package="trl", dtype="float32",
         note="GRPOTrainer, fp32, the 64 samples in one micro-batch, no gradient checkpointing",
-        options={"bf16": False, "per_device_train_batch_size": 64},
+        options={"bf16": False, "per_device_train_batch_size": 64}, extra=True,
     ),
     Trainer(
         name="trl-lean", package="trl", dtype="float32",
@@ -82,7 +91,7 @@ TRAINERS: tuple[Trainer, ...] = (
     Trainer(
         name="trl-bf16", package="trl", dtype="bfloat16",
         note="GRPOTrainer, bf16=True (autocast over fp32 weights), otherwise as trl",
-        options={"bf16": True, "per_device_train_batch_size": 64},
+        options={"bf16": True, "per_device_train_batch_size": 64}, extra=True,
     ),
     Trainer(
         name="pyrl", package="pyrl", dtype="float32",
@@ -96,7 +105,7 @@ TRAINERS: tuple[Trainer, ...] = (
         name="pyrl-bf16-ties", package="pyrl", dtype="bfloat16", task="instructions",
         note="the same with the quickstart's reward, where groups tie: completions without a "
         "gradient are not computed",
-        options={"dtype": "bfloat16"},
+        options={"dtype": "bfloat16"}, extra=True,
     ),
 )  # fmt: skip
 
@@ -105,6 +114,7 @@ def run(
     out: Path,
     *,
     quick: bool = False,
+    everything: bool = False,
     rounds: int | None = None,
     names: tuple[str, ...] | None = None,
     say: Callable[[str], None] = print,
@@ -115,15 +125,16 @@ def run(
     for name in names or ():
         if name not in known:
             raise ValueError(f"trainer_step has no trainer {name!r}: expected one of {known}")
-    measured = rounds or (1 if quick else 3)
-    work = Workload(steps=1 + measured)
+    measured = rounds or (1 if quick else 3 if everything else None)
+    work = Workload()
     if quick:
         work = dataclasses.replace(work, prompts=2, completions=4, max_new_tokens=8)
     run_id = uuid.uuid4().hex[:8]
     rows = []
     for trainer in TRAINERS:
-        if names and trainer.name not in names:
+        if trainer.name not in names if names else trainer.extra and not (everything or quick):
             continue
+        work = dataclasses.replace(work, task=trainer.task, steps=trainer.steps(measured))
         say(f"trainer_step: {trainer.name}, {work.steps} steps in a fresh process")
         row = {
             "op": NAME, "implementation": trainer.name, "package": trainer.package,
@@ -132,7 +143,7 @@ def run(
             "settings": f"{work.model}, {trainer.task} reward", "note": trainer.note, "run": run_id,
             **conditions("cpu"),
         }  # fmt: skip
-        row |= run_trainer(trainer, dataclasses.replace(work, task=trainer.task))
+        row |= run_trainer(trainer, work)
         rows.append(row)
         write_rows(out / f"{NAME}.jsonl", [row])
     return rows
@@ -172,10 +183,11 @@ def run_trainer(trainer: Trainer, work: Workload) -> dict[str, Any]:
 
 
 def summarize(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over all steps but the first, in seconds; tokens are means, being sampled."""
-    if len(steps) < 2:
-        raise ValueError(f"{len(steps)} steps: at least one after the warm-up is needed")
-    measured = steps[1:]
+    """Medians over all steps but the first, in seconds, or the only step; tokens are means, being
+    sampled."""
+    if not steps:
+        raise ValueError("0 steps: at least one is needed")
+    measured = steps[1:] or steps
 
     def middle(key: str) -> float:
         return round(statistics.median(step.get(key) or 0.0 for step in measured), 3)
@@ -250,7 +262,16 @@ def _watch(
         peak[0] = max(peak[0], total)
 
 
-COLUMNS = ("trainer", "version", "s a step", *PHASES, "peak MiB", "with helpers", "tokens sampled")
+COLUMNS = (
+    "trainer",
+    "version",
+    "s a step",
+    "first",
+    *PHASES,
+    "peak MiB",
+    "with helpers",
+    "tokens sampled",
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -260,7 +281,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     phases = [f"{row[f'seconds_{phase}']:.2f}" for phase in PHASES]
     sampled = "–" if row["sampled_tokens"] is None else f"{row['sampled_tokens']:.0f}"
     return [
-        name, version, f"{row['seconds']:.2f}", *phases,
+        name, version, f"{row['seconds']:.2f}", f"{row['seconds_first']:.2f}", *phases,
         f"{row['peak_mib']:.0f}", f"{row['peak_tree_mib']:.0f}", sampled,
     ]  # fmt: skip
 
@@ -269,6 +290,12 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     from table import print_cells
 
     print_cells("one training step", COLUMNS, [cells(row) for row in rows], 2)
+
+
+def counted(row: dict[str, Any]) -> str:
+    if row.get("seconds_all") == [row.get("seconds_first")]:
+        return "the first step alone"
+    return f"medians of {row.get('steps', 0)} steps after a warm-up"
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -289,7 +316,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         parts += [f"- `{r['implementation']}`: {r['note']}; {r['settings']}" for r in members]
         parts += ["", *sorted({
             f"{r['threads']} threads, torch {r['torch']}, commit {r['commit']}, {r['date'][:10]}, "
-            f"load {r['load']} before the run, medians of {r.get('steps', 0)} steps after a warm-up"
+            f"load {r['load']} before the run, {counted(r)}"
             for r in members
         }), ""]  # fmt: skip
     return "\n".join(parts)

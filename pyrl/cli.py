@@ -1,4 +1,4 @@
-"""The command line: `pyrl train`, `eval`, `report`, `puzzles`, `certify`, `repro`, `env`.
+"""The command line: `pyrl train`, `eval`, `report`, `puzzles`, `certify`, `repro`, `bench`, `env`.
 
 Every value of a recipe is a flag, `--section.key VALUE`; both go through `pyrl.trainer.recipe`.
 """
@@ -157,6 +157,26 @@ def reproductions(args: argparse.Namespace) -> int:
     return 0
 
 
+def benchmarks(args: argparse.Namespace) -> int:
+    """`pyrl bench`: benchmarks/run.py of the checkout that this package runs from."""
+    import subprocess
+
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
+    if not script.exists():
+        raise recipe.ConfigError(
+            f"no {script}: benchmarks are not part of an installed wheel. Get the sources, "
+            "`pip install -e '.[bench]'` there, then `pyrl bench` or `make bench`"
+        )
+    given: list[str] = []
+    for name in ("only", "rounds", "out"):
+        if getattr(args, name) is not None:
+            given += [f"--{name}", str(getattr(args, name))]
+    given += [f"--{name}" for name in ("quick", "all", "static") if getattr(args, name)]
+    if args.implementations:
+        given += ["--implementations", *args.implementations]
+    return subprocess.run([sys.executable, str(script), *given], check=False).returncode
+
+
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -249,6 +269,21 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--out", type=Path, help="folder of the document (default: docs; with --quick: none)"
     )
+
+    one = command(
+        "bench",
+        benchmarks,
+        "Time the ops and the trainer beside their peers; write benchmarks/RESULTS.md.",
+        "[--only NAME] [--quick] [--all] [--static] [--rounds N] [--out DIR]",
+        "From a checkout: starts benchmarks/run.py, as `make bench` does.",
+    )
+    one.add_argument("--only", help="one benchmark, or report (no timing)")
+    one.add_argument("--quick", action="store_true", help="seconds; proves the machinery only")
+    one.add_argument("--all", action="store_true", help="every cell and more rounds: hours")
+    one.add_argument("--static", action="store_true", help="GPU kernels, compiled and counted")
+    one.add_argument("--rounds", type=int, help="instead of each benchmark's own number")
+    one.add_argument("--implementations", nargs="+", metavar="NAME", help="with --only: these rows")
+    one.add_argument("--out", type=Path, help="folder of the result files")
 
     command("env", environment, "Print versions, devices, backends and why any is absent.")
     return parser

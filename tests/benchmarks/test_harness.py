@@ -108,6 +108,14 @@ def test_a_newer_row_replaces_the_same_measurement_only(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_whole_case_replaces_what_another_run_left_of_it(tmp_path):
+    path = tmp_path / "x.jsonl"
+    harness.write_rows(path, [row(), row(implementation="b"), row(implementation="b", shape=[8])])
+    harness.write_rows(path, [row(ms_p50=2.0)], whole_cases=True)
+    kept = [(r["implementation"], r["shape"], r["ms_p50"]) for r in harness.read_rows(path)]
+    assert kept == [("b", [8], 1.0), ("a", [4], 2.0)]
+
+
 def test_conditions_say_where_and_when():
     where = harness.conditions("cpu")
     wanted = {"device", "threads", "torch", "triton", "python", "commit", "date", "load"}

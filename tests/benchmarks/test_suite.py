@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import gpu_check
 import peers
 import pytest
 import registry
@@ -130,21 +129,6 @@ def test_unknown_implementations_are_named():
         registry.select("linear_policy_loss", device="cpu", dtype="float32", names=("ligar",))
 
 
-def test_gpu_parts_have_names_and_known_implementations():
-    names = [part.name for part in gpu_check.PARTS]
-    assert len(set(names)) == len(names)
-    for part in gpu_check.PARTS:
-        chosen = registry.select(part.op, device="cuda", dtype=part.case.dtype, names=part.names)
-        assert {"limit", "pyrl"} <= {impl.role for impl in chosen}, part.name
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_gpu_check_without_a_gpu_says_so(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["gpu_check.py"])
-    assert gpu_check.main() == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
-
-
 def test_steps_are_summed_up_without_the_warm_up():
     steps = [
         {"seconds": 9.0, "seconds_sample": 5.0, "sampled_tokens": 7},
@@ -155,8 +139,9 @@ def test_steps_are_summed_up_without_the_warm_up():
     found = trainer_step.summarize(steps)
     assert (found["seconds"], found["seconds_first"], found["steps"]) == (2.0, 9.0, 3)
     assert (found["seconds_sample"], found["sampled_tokens"]) == (0.5, 20.0)
-    with pytest.raises(ValueError, match="at least one after the warm-up"):
-        trainer_step.summarize(steps[:1])
+    assert trainer_step.summarize(steps[:1])["seconds"] == 9.0  # a slow trainer runs one step
+    with pytest.raises(ValueError, match="0 steps"):
+        trainer_step.summarize([])
 
 
 def test_a_trainers_recipe_is_a_recipe():
@@ -202,7 +187,10 @@ def test_report_is_made_from_files_alone(tmp_path, rows):
         "commit": "c", "date": "2026-01-01T00:00:00+00:00", "load": 0.1,
     }  # fmt: skip
     write_rows(tmp_path / "trainer_step.jsonl", [steps])
-    text_path, picture = report.write(tmp_path)
+    text_path, *pictures = report.write(tmp_path)
     text = text_path.read_text()
-    assert picture.stat().st_size > 0 and picture.name in text
+    assert [p.name for p in pictures] == [
+        "linear_policy_loss.png", "linear_policy_loss_share.png",
+    ]  # fmt: skip
+    assert all(picture.name in text for picture in pictures)
     assert "failed: no memory" in text and "× limit" in text
