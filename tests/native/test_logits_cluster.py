@@ -37,9 +37,20 @@ H100 = 233472 // 2 - 1024
 SPECS = {
     "clip": LossSpec(dual_clip=2.0, delta=4.0, kl_coef=0.05, entropy_coef=0.01),
     "reinforce": LossSpec(objective="reinforce", kl="k2", kl_coef=0.05, correction="tis"),
-    "cispo": LossSpec.preset("cispo", aggregation="token_mean", cispo_high=1.2, kl="abs", kl_coef=0.1, correction="icepop"),
-    "sapo": LossSpec.preset("sapo", aggregation="token_mean", kl="k3_st", kl_coef=0.1, kl_clamp=0.2),
-    "dppo": LossSpec.preset("dppo", aggregation="token_mean", dppo_divergence="kl", kl="k1", kl_coef=0.1),
+    "cispo": LossSpec.preset(
+        "cispo",
+        aggregation="token_mean",
+        cispo_high=1.2,
+        kl="abs",
+        kl_coef=0.1,
+        correction="icepop",
+    ),
+    "sapo": LossSpec.preset(
+        "sapo", aggregation="token_mean", kl="k3_st", kl_coef=0.1, kl_clamp=0.2
+    ),
+    "dppo": LossSpec.preset(
+        "dppo", aggregation="token_mean", dppo_divergence="kl", kl="k1", kl_coef=0.1
+    ),
     "mis": LossSpec(kl="k3", kl_coef=0.1, kl_ratio_weighted=True, correction="mis"),
     "capped": LossSpec(softcap=7.0, logit_scale=-1.5, entropy_coef=0.1),
 }
@@ -51,8 +62,9 @@ class RowIndex(ctypes.Structure):
 
 class LogitsRows(ctypes.Structure):
     _fields_ = [
-        ("z", ctypes.c_void_p), ("at", RowIndex), ("dtype", ctypes.c_int), ("vocab", ctypes.c_int64),
-        ("target", ctypes.c_void_p), ("inv_temperature", ctypes.c_void_p),
+        ("z", ctypes.c_void_p), ("at", RowIndex), ("dtype", ctypes.c_int),
+        ("vocab", ctypes.c_int64), ("target", ctypes.c_void_p),
+        ("inv_temperature", ctypes.c_void_p),
         ("logit_scale", ctypes.c_float), ("softcap", ctypes.c_float),
     ]  # fmt: skip
 
@@ -60,7 +72,8 @@ class LogitsRows(ctypes.Structure):
 class Batch(ctypes.Structure):
     _fields_ = [
         ("rows", LogitsRows), ("dz", ctypes.c_void_p), ("at", RowIndex),
-        *((name, ctypes.c_void_p) for name in ("logprob", "entropy", "lse", "old", "ref", "rollout")),
+        *((name, ctypes.c_void_p) for name in ("logprob", "entropy", "lse")),
+        *((name, ctypes.c_void_p) for name in ("old", "ref", "rollout")),
         *((name, ctypes.c_void_p) for name in ("advantage", "weight", "keep")),
     ]  # fmt: skip
 
@@ -100,7 +113,7 @@ def pointer(t):
 
 
 def emulate(lib, spec, z, at, dz, to, case, *, ctas, slots, clusters=1, seed=0):
-    """logprob, entropy, lse of rows at[0] + at[1] * stride of z's memory; the gradient goes to dz."""
+    """logprob, entropy, lse of rows (stride, index) of z; the gradient goes to those of dz."""
     n, vocab = len(case["target"]), case["vocab"]
     stats = torch.full((3, n), 7.0)
     fields, params = case["fields"], spec.params()
@@ -123,7 +136,7 @@ def emulate(lib, spec, z, at, dz, to, case, *, ctas, slots, clusters=1, seed=0):
 
 
 def make(spec, n, vocab, dtype, seed=0, spread=2.0):
-    """Logits [n, V], tokens of which some are masked, clipped, without advantage or old log-prob."""
+    """Logits [n, V]; some tokens masked, clipped, without advantage or old log-prob."""
     g = torch.Generator().manual_seed(seed)
     z = (spread * torch.randn(n, vocab, generator=g)).to(dtype)
     z[torch.rand(n, vocab, generator=g) < 0.1] = -math.inf
@@ -194,9 +207,7 @@ def test_real_vocabularies(library, dtype, vocab):
     assert ctas > 0 and size <= H100
     z, case, exact, gradient = make(spec, 3, vocab, dtype, seed=vocab, spread=4.0)
     out = torch.full_like(z, 7.0)
-    stats = emulate(
-        lib, spec, z, (vocab, None), out, (vocab, None), case, ctas=ctas, slots=slots
-    )
+    stats = emulate(lib, spec, z, (vocab, None), out, (vocab, None), case, ctas=ctas, slots=slots)
     check(stats, out, case, exact, gradient, dtype)
 
 
@@ -213,9 +224,7 @@ def test_real_vocabularies(library, dtype, vocab):
     seed=st.integers(0, 2**16),
     inplace=st.booleans(),
 )
-def test_rows_anywhere(
-    library, vocab, n, ctas, spare, clusters, dtype, begin, name, seed, inplace
-):
+def test_rows_anywhere(library, vocab, n, ctas, spare, clusters, dtype, begin, name, seed, inplace):
     """Rows that begin at any address, permuted, of a wider matrix; the gradient in place or in
     another that lies otherwise; nothing outside the rows is touched."""
     lib, spec = library(2, 32), SPECS[name]
@@ -225,8 +234,8 @@ def test_rows_anywhere(
     view = wide[begin[0] :].as_strided((n + 2, vocab), (stride, 1), begin[0])
     view[index] = z
     width = z.element_size()
-    packs = -(-(vocab * width // 16) // (2 * ctas))
-    slots = max(1, -(-packs // 32)) + spare
+    packs = math.ceil(vocab * width // 16 / (2 * ctas))
+    slots = max(1, math.ceil(packs / 32)) + spare
     at = (stride, index.data_ptr())
     if inplace:
         out, target, to = wide, view, at
@@ -257,7 +266,7 @@ def test_rows_anywhere(
 def test_equal_bits_whatever_the_schedule(library, ctas):
     lib, spec = library(2, 32), SPECS["clip"]
     z, case, *_ = make(spec, 7, 1500, torch.bfloat16)
-    needed = -(-(-(-187 // (2 * ctas))) // 32)
+    needed = math.ceil(math.ceil(187 / (2 * ctas)) / 32)
     results = []
     for seed, slots, clusters in ((1, needed, 1), (2, needed + 1, 3), (3, 3 * needed, 7)):
         out = torch.empty_like(z)
