@@ -161,8 +161,8 @@ int logits_grad(const LogitsRows& rows, const LogitsGrad& grad, int64_t n, void*
 int logits_scale(void* z, const RowIndex& at, DType dtype, int64_t vocab, const float* factor,
                  int64_t n, void* stream);
 // CTAs a row that logits_policy would use on the current device, `ctas` of them if that is not 0;
-// 0 where there are no clusters or the row does not fit.
-int logits_policy_ctas(DType dtype, int64_t vocab, int ctas);
+// 0 where there are no clusters, the row does not fit, or rows of the matrices pass 2^30.
+int logits_policy_ctas(const LogitsPolicy& batch, int64_t matrix_rows, int ctas);
 int logits_policy(const LogitsPolicy& batch, const double* params, int64_t n, int ctas,
                   void* stream);
 int support_stats(const LogitsRows& rows, const SupportRows& support, const LogitsStats& stats,

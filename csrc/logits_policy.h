@@ -8,20 +8,9 @@
 // one exchange over the cluster the gradient replaces them in the ring and is copied out, which
 // frees them for the next rows. Packs begin at the row's first 16-byte boundary; up to 14 elements
 // outside them are read and written by single lanes of the last warp.
-//
-// Exponents are in base 2, y = x log2 e, as the hardware's are.
 #pragma once
 
-#include <cmath>
-
-#include "kernels.h"
-#include "objective.h"
-
-#ifdef __CUDACC__
-#define PYRL_TEAM __device__ __forceinline__
-#else
-#define PYRL_TEAM inline
-#endif
+#include "row_plan.h"
 
 namespace pyrl::one_read {
 
@@ -44,14 +33,6 @@ static_assert(kSegmentPacks % kLanes == 0, "lanes share a segment evenly");
 // times (y - m).
 struct alignas(16) Partial {
   float m, s, t, unused;
-};
-
-// What all warps need for the gradient of a row: dz = e (base - slant d), d = y - shift, e = 2^d.
-struct Plan {
-  float shift, base, slant;
-  float target_dz;
-  int target;  // -1: not written
-  bool zero;
 };
 
 // Bytes of shared memory beside the ring, rounded up to keep it aligned.
@@ -91,77 +72,6 @@ inline Spread spread_of(int64_t row_bytes, int64_t shared_per_cta, int wanted) {
   }
   return holds;
 }
-
-constexpr double kLn2 = 0.693147180559945309417;
-constexpr double kLog2E = 1.44269504088896340736;
-// 2^d is 0 from here down; a finite stand-in for d keeps 0 * d at 0.
-constexpr float kFloor = -150.0f;
-
-PYRL_TEAM float pow2(float d) {  // 0 below 2^-126
-#ifdef __CUDA_ARCH__
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d));
-  return e;
-#else
-  return d < -126.0f ? 0.0f : std::exp2(d);
-#endif
-}
-
-// Raw logits to y, and dx/dz.
-template <bool kCapped>
-struct Scale {
-  float factor, outer, slope_at_0;
-
-  PYRL_TEAM Scale(const LogitsRows& rows, float inv_temperature)
-      : slope_at_0(inv_temperature * rows.logit_scale) {
-    factor = kCapped ? rows.logit_scale / rows.softcap : static_cast<float>(slope_at_0 * kLog2E);
-    outer = static_cast<float>(static_cast<double>(rows.softcap) * inv_temperature * kLog2E);
-  }
-  PYRL_TEAM float y(float z) const {
-    if constexpr (kCapped) return tanhf(z * factor) * outer;
-    return z * factor;
-  }
-  // d = y - shift, and dx/dz relative to slope_at_0.
-  PYRL_TEAM float d(float z, float shift, float* slope) const {
-    if constexpr (kCapped) {
-      const float squashed = tanhf(z * factor);
-      *slope = 1.0f - squashed * squashed;
-      return squashed * outer - shift;
-    }
-    *slope = 1.0f;
-    return fmaf(z, factor, -shift);
-  }
-};
-
-// A lane's sums so far, as in Partial.
-struct Sums {
-  float m = -INFINITY, s = 0.0f, t = 0.0f;
-
-  PYRL_TEAM void raise(float top) {
-    if (!(top > m)) return;
-    if (m > -INFINITY) {
-      const float down = m - top, factor = pow2(down);
-      t = factor * (t + s * down);
-      s *= factor;
-    }
-    m = top;
-  }
-  PYRL_TEAM void add(float d) {  // d = y - m
-    const float e = pow2(d);     // of a NaN logit NaN
-    s += e;
-    t += e * fmaxf(d, kFloor);
-  }
-  PYRL_TEAM float shift() const { return m == -INFINITY ? 0.0f : m; }  // -inf - -inf is NaN
-  // Relative to 2^top, top >= m.
-  PYRL_TEAM Sums at(float top) const {
-    const float down = fmaxf(m - top, kFloor), factor = pow2(down);
-    Sums moved;
-    moved.m = top;
-    moved.t = factor * (t + s * down);
-    moved.s = factor * s;
-    return moved;
-  }
-};
 
 template <class T>
 struct alignas(16) Pack {
@@ -208,145 +118,60 @@ struct Part {
 
 // What a row needs before its logits are there, read one row ahead.
 struct Place {
-  int64_t row;
-  int64_t in, out;  // first elements
+  int in, out;  // rows of the matrices
   float inv_temperature;
   bool keep;
 
-  PYRL_TEAM Place(const LogitsPolicy& b, int64_t i, int64_t n)
-      : row(i), in(0), out(0), inv_temperature(0.0f), keep(false) {
+  PYRL_TEAM Place(const LogitsPolicy& b, int i, int n)
+      : in(i), out(i), inv_temperature(0.0f), keep(false) {
     if (i >= n) return;
-    in = (b.rows.at.index ? b.rows.at.index[i] : i) * b.rows.at.stride;
-    out = (b.at.index ? b.at.index[i] : i) * b.at.stride;
+    if (b.rows.at.index) in = static_cast<int>(b.rows.at.index[i]);
+    if (b.at.index) out = static_cast<int>(b.at.index[i]);
     inv_temperature = b.rows.inv_temperature[i];
     keep = b.keep[i];
   }
 };
 
-// A token's fields, read while its logits are still coming.
-struct Fields {
-  float old, ref, rollout, advantage, weight, target_logit;
-  int64_t target;
-  bool valid;
-
-  template <class T, class Team>
-  PYRL_TEAM Fields(const LogitsPolicy& b, int64_t i, const T* row, const Team&) {
-    old = b.old ? b.old[i] : NAN;
-    ref = b.ref ? b.ref[i] : NAN;
-    rollout = b.rollout ? b.rollout[i] : NAN;
-    advantage = b.advantage[i];
-    weight = b.weight[i];
-    target = b.rows.target[i];
-    // Reading targets on the host would wait for the GPU: a wrong one is answered by NaN.
-    valid = target >= 0 && target < b.rows.vocab;
-    target_logit = valid ? Team::to_float(row[target]) : NAN;
-  }
-};
-
-struct Stats {
-  float logprob, entropy, lse;
-};
-
-// A row's statistics, then its objective's gradient, then what its elements become.
-template <bool kCapped>
-PYRL_TEAM Plan plan_row(const ObjectiveParams& p, const Scale<kCapped>& scale, const Fields& in,
-                        float m, double s, double t, Stats* out) {
-  const bool empty = s == 0.0;  // every logit is -inf
-  const double log_s = empty ? 0.0 : log(s), shift = empty ? 0.0 : m;
-  double y = static_cast<double>(in.target_logit) * scale.factor, slope = scale.slope_at_0;
-  if constexpr (kCapped) {
-    float relative;
-    y = scale.d(in.target_logit, 0.0f, &relative);
-    slope *= relative;
-  }
-  const double q = empty ? -INFINITY : (y - shift) * kLn2 - log_s;
-  double entropy = empty ? 0.0 : log_s - t / s * kLn2;
-  entropy = entropy < 0.0 ? 0.0 : entropy;
-  out->logprob = static_cast<float>(q);
-  out->entropy = static_cast<float>(entropy);
-  out->lse = empty ? -INFINITY : static_cast<float>(shift * kLn2 + log_s);
-
-  const Token token(out->logprob, out->entropy, in.old, in.ref, in.rollout, in.advantage,
-                    in.weight);
-  const Sequence alone;
-  // Rounded as where c and h pass through memory: both ways agree.
-  const float c = static_cast<float>(logprob_gradient(p, alone, TokenLoss(p, token, alone)));
-  const float h = static_cast<float>(entropy_gradient(p, token));
-  const bool used = c != 0.0f || h != 0.0f;
-  Plan plan;
-  plan.shift = static_cast<float>(shift);
-  plan.zero = !used || empty;
-  plan.target = used && in.valid ? static_cast<int>(in.target) : -1;
-  // p (-c - h (log p + H)) with log p = d ln 2 - log s and p = 2^d / s
-  const double over = empty ? 0.0 : scale.slope_at_0 / s;
-  const double bonus = h != 0.0f ? h * (log_s - entropy) : 0.0;
-  plan.base = static_cast<float>(over * (bonus - c));
-  plan.slant = static_cast<float>(over * h * kLn2);
-  // c (1 - p) must not cancel.
-  double dx = c;
-  if (q > -INFINITY) {
-    const double prob = h != 0.0f ? pow2(static_cast<float>(y - shift)) / s : 0.0;
-    dx = -c * expm1(q) - (prob > 0.0 ? h * prob * (q + entropy) : 0.0);
-  } else if (q != q) {
-    dx = NAN;
-  }
-  plan.target_dz = static_cast<float>(dx * slope);
-  return plan;
-}
-
-template <bool kCapped>
-PYRL_TEAM float gradient(const Plan& plan, const Scale<kCapped>& scale, float z) {
-  float slope;
-  const float d = scale.d(z, plan.shift, &slope);
-  const float dz = pow2(d) * (plan.base - plan.slant * fmaxf(d, kFloor));
-  return kCapped ? dz * slope : dz;
-}
-
 // The copies into one warp's ring, as far ahead as it has room.
 template <class T>
 struct Feed {
   const LogitsPolicy& b;
-  int64_t n, step;
-  int warp, warps, slots;
-  Place current, ahead;
-  Part<T> part;
-  int segment = 0, slot = 0;
-  int issued = 0;
+  int n, step, warp, warps, slots;
+  int row;      // whose segments are being copied in
+  Place ahead;  // the row after it
+  const unsigned char* from = nullptr;
+  int rest = 0;  // bytes of it left
+  int slot = 0, issued = 0;
 
-  PYRL_TEAM Feed(const LogitsPolicy& b, int64_t first, int64_t step, int64_t n, int warp, int warps,
-                 int slots)
-      : b(b), n(n), step(step), warp(warp), warps(warps), slots(slots), current(b, first, n),
-        ahead(b, first + step, n), part(nullptr, nullptr, 0, 0, 1) {
-    enter();
+  PYRL_TEAM Feed(const LogitsPolicy& b, int first, int step, int n, int warp, int warps, int slots)
+      : b(b), n(n), step(step), warp(warp), warps(warps), slots(slots), row(first - step),
+        ahead(b, first, n) {
+    next();
   }
-  // The part of `current`, or of the first kept row after it.
-  PYRL_TEAM void enter() {
-    while (current.row < n && !current.keep) skip();
-    if (current.row < n) {
-      const T* z = static_cast<const T*>(b.rows.z) + current.in;
-      part = Part<T>(z, const_cast<T*>(z), b.rows.vocab, warp, warps);
+  // To the next kept row that this warp has a part of.
+  PYRL_TEAM void next() {
+    while (rest == 0 && row < n) {
+      row += step;
+      const Place now = ahead;
+      ahead = Place(b, row + step, n);
+      if (!now.keep) continue;
+      const T* z = static_cast<const T*>(b.rows.z) + now.in * b.rows.at.stride;
+      const Part<T> part(z, nullptr, b.rows.vocab, warp, warps);
+      from = reinterpret_cast<const unsigned char*>(z + part.element(0));
+      rest = (part.end - part.begin) * kPackBytes;
     }
-    segment = 0;
-  }
-  PYRL_TEAM void skip() {
-    current = ahead;
-    ahead = Place(b, current.row + step, n);
   }
   // `used` segments have left the ring.
   template <class Team>
   PYRL_TEAM void fill(Team& team, int used) {
-    while (issued - used < slots) {
-      while (current.row < n && segment == part.segments()) {
-        skip();
-        enter();
-      }
-      if (current.row >= n) return;
-      if (team.lane() == 0) {
-        team.load(slot, part.in + part.element(segment), part.size(segment) * kPackBytes);
-      }
-      ++segment;
+    while (issued - used < slots && rest > 0) {
+      const int bytes = rest < kSegmentBytes ? rest : kSegmentBytes;
+      if (team.lane() == 0) team.load(slot, from, bytes);
+      from += bytes;
+      rest -= bytes;
       ++issued;
       slot = slot + 1 == slots ? 0 : slot + 1;
+      next();
     }
   }
 };
@@ -418,29 +243,30 @@ PYRL_TEAM void grad_segment(Pack<T>* ring, const Part<T>& part, int s, int lane,
 
 // All rows of one cluster: rows first, first + step, ...
 template <class T, bool kCapped, class Team>
-PYRL_TEAM void policy_rows(Team& team, const LogitsPolicy& b, const ObjectiveParams& p, int64_t n,
-                           int64_t first, int64_t step) {
+PYRL_TEAM void policy_rows(Team& team, const LogitsPolicy& b, const ObjectiveParams& p, int n, int first,
+                           int step) {
   const int lane = team.lane(), ctas = team.ctas(), slots = team.slots();
   const int warps = ctas * kWarps, warp = team.rank() * kWarps + team.warp();
   int used = 0, slot = 0, phase = 0, parity = 0;
   Feed<T> feed(b, first, step, n, warp, warps, slots);
   feed.fill(team, 0);
   Place next(b, first, n);
-  for (int64_t row = first; row < n; row += step) {
+  for (int row = first; row < n; row += step) {
     const Place at = next;
     next = Place(b, row + step, n);
-    T* out = static_cast<T*>(b.dz) + at.out;
+    T* out = static_cast<T*>(b.dz) + at.out * b.at.stride;
     if (!at.keep) {
       zero_row<T>(team, out, b.rows.vocab, warp, warps);
       if (warp == 0 && lane == 0) b.stats.logprob[row] = b.stats.entropy[row] = b.stats.lse[row] = 0;
       continue;
     }
-    const T* in = static_cast<const T*>(b.rows.z) + at.in;
+    const T* in = static_cast<const T*>(b.rows.z) + at.in * b.rows.at.stride;
     const Part<T> part(in, out, b.rows.vocab, warp, warps);
     const Scale<kCapped> scale(b.rows, at.inv_temperature);
     const int single = part.single(lane);
     const float raw = single >= 0 ? Team::to_float(in[single]) : 0.0f;
-    const Fields fields(b, row, in, team);  // read before any CTA writes the row
+    Fields fields;
+    if (team.warp() == 0) fields.read<Team>(b, row, in);  // before any CTA writes the row
 
     Sums mine;
     const int segments = part.segments(), start = slot;

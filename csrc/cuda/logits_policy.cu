@@ -150,11 +150,11 @@ class Team {
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     policy_kernel(const __grid_constant__ LogitsPolicy b, const __grid_constant__ ObjectiveParams p,
-                  int64_t n, int slots) {
+                  int n, int slots) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
   Team team(shared, slots);
-  const int64_t ctas = team.ctas();
+  const int ctas = team.ctas();
   one_read::policy_rows<T, kCapped>(team, b, p, n, blockIdx.x / ctas, gridDim.x / ctas);
 #endif
 }
@@ -202,7 +202,7 @@ int launch(const LogitsPolicy& b, const ObjectiveParams& p, int64_t n, one_read:
   if (error != cudaSuccess) return error;
   if (clusters == 0) return cudaErrorInvalidConfiguration;
   config.gridDim.x *= static_cast<unsigned>(n < clusters ? n : clusters);
-  return cudaLaunchKernelEx(&config, kernel, b, p, n, of.slots);
+  return cudaLaunchKernelEx(&config, kernel, b, p, static_cast<int>(n), of.slots);
 }
 
 template <class T>
@@ -214,8 +214,9 @@ int launch(const LogitsPolicy& b, const ObjectiveParams& p, int64_t n, one_read:
 
 }  // namespace
 
-int logits_policy_ctas(DType dtype, int64_t vocab, int ctas) {
-  return spread(dtype, vocab, ctas).ctas;
+int logits_policy_ctas(const LogitsPolicy& batch, int64_t matrix_rows, int ctas) {
+  if (matrix_rows > int64_t{1} << 30) return 0;  // the kernel counts rows in 32 bits
+  return spread(batch.rows.dtype, batch.rows.vocab, ctas).ctas;
 }
 
 int logits_policy(const LogitsPolicy& batch, const double* params, int64_t n, int ctas,

@@ -85,8 +85,9 @@ std::tuple<Tensor, Tensor, Tensor> logits_policy_op(
       pyrl::logits_policy(z, target, inv_temperature, logit_scale, softcap, old, ref, rollout,
                           advantage, weight, keep, p, row_ids, source, out);
   const int64_t n = target.numel();
+  const int64_t most = source && source->size(0) > z.size(0) ? source->size(0) : z.size(0);
   const int wanted = static_cast<int>(ctas);
-  const bool one_read = ctas >= 0 && logits_policy_ctas(b.rows.dtype, b.rows.vocab, wanted) > 0;
+  const bool one_read = ctas >= 0 && logits_policy_ctas(b, most, wanted) > 0;
   PYRL_CHECK(one_read || ctas <= 0, "pyrl_native::logits_policy_grad_: ctas=", ctas,
              ": expected 1, 2, 4, 8 or 16 that hold a row, on a GPU with clusters");
   if (one_read) {

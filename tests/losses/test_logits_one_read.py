@@ -199,8 +199,8 @@ def test_fullgraph_and_opcheck(backend):
         assert relative(leaf.grad, grad) <= 1e-6
     vector = torch.rand(T, device=DEVICE)
     arguments = (target, vector + 0.5, -vector, -vector, -vector, vector - 0.5, vector / T)
-    # Not test_aot_dispatch_dynamic: it traces the eager backward, which writes over what the forward
-    # saved. What torch.compile traces instead is above.
+    # Not test_aot_dispatch_dynamic: it traces the eager backward, which writes over what the
+    # forward saved. What torch.compile traces instead is above.
     torch.library.opcheck(
         _one_read,
         (leaf, *arguments, fields["mask"], SPECS["grpo"].to_json(), backend),

@@ -331,8 +331,8 @@ int emulate(const Job* job, char* message) {
           const bool capped = b.rows.softcap > 0;
           const auto go = [&](auto element) {
             using T = decltype(element);
-            capped ? one_read::policy_rows<T, true>(team, b, p, job->n, k, job->clusters)
-                   : one_read::policy_rows<T, false>(team, b, p, job->n, k, job->clusters);
+            capped ? one_read::policy_rows<T, true>(team, b, p, static_cast<int>(job->n), k, job->clusters)
+                   : one_read::policy_rows<T, false>(team, b, p, static_cast<int>(job->n), k, job->clusters);
           };
           b.rows.dtype == DType::kF32    ? go(float())
           : b.rows.dtype == DType::kBF16 ? go(Bf16())
