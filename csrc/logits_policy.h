@@ -190,6 +190,20 @@ PYRL_TEAM void zero_row(Team& team, T* out, int64_t vocab, int warp, int warps) 
   if (single >= 0) out[single] = Team::template from_float<T>(0.0f);
 }
 
+// The largest of a pack, or the smallest; NaN counts for nothing.
+template <int kSize>
+PYRL_TEAM float largest(const float (&v)[kSize], bool smallest) {
+  float top = smallest ? INFINITY : -INFINITY;
+  if (smallest) {
+    PYRL_UNROLL
+    for (int k = 0; k < kSize; ++k) top = fminf(top, v[k]);
+  } else {
+    PYRL_UNROLL
+    for (int k = 0; k < kSize; ++k) top = fmaxf(top, v[k]);
+  }
+  return top;
+}
+
 // The warp's sums over one segment of its ring.
 template <class T, bool kCapped, class Team>
 PYRL_TEAM void sum_segment(const Pack<T>* ring, int size, int lane, const Scale<kCapped>& scale,
@@ -197,13 +211,12 @@ PYRL_TEAM void sum_segment(const Pack<T>* ring, int size, int lane, const Scale<
   for (int i = lane; i < size; i += kLanes) {
     const Pack<T> pack = ring[i];
     float y[Part<T>::kPer];  // uncapped: z, whose product with the factor is not rounded below
-    float top = -INFINITY;
     PYRL_UNROLL
     for (int k = 0; k < Part<T>::kPer; ++k) {
       const float z = Team::to_float(pack.value[k]);
       y[k] = kCapped ? scale.y(z) : z;
-      top = fmaxf(top, kCapped ? y[k] : scale.y(z));
     }
+    const float top = kCapped ? largest(y, false) : scale.y(largest(y, scale.factor < 0.0f));
     mine.raise(top);
     const float shift = mine.shift();
     PYRL_UNROLL

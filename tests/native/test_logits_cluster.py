@@ -52,6 +52,7 @@ SPECS = {
         "dppo", aggregation="token_mean", dppo_divergence="kl", kl="k1", kl_coef=0.1
     ),
     "mis": LossSpec(kl="k3", kl_coef=0.1, kl_ratio_weighted=True, correction="mis"),
+    "negative": LossSpec(logit_scale=-0.7, entropy_coef=0.1),
     "capped": LossSpec(softcap=7.0, logit_scale=-1.5, entropy_coef=0.1),
 }
 
@@ -139,7 +140,8 @@ def make(spec, n, vocab, dtype, seed=0, spread=2.0):
     """Logits [n, V]; some tokens masked, clipped, without advantage or old log-prob."""
     g = torch.Generator().manual_seed(seed)
     z = (spread * torch.randn(n, vocab, generator=g)).to(dtype)
-    z[torch.rand(n, vocab, generator=g) < 0.1] = -math.inf
+    if spec.logit_scale > 0 or spec.softcap:  # else -inf would be a certain token
+        z[torch.rand(n, vocab, generator=g) < 0.1] = -math.inf
     target = torch.randint(vocab, (n,), generator=g)
     z[torch.arange(n), target] = (spread * torch.randn(n, generator=g)).to(dtype)
     mask = torch.rand(n, generator=g) < 0.8
