@@ -359,8 +359,7 @@ PYRL_TEAM void policy_rows(Team& team, const LogitsPolicy& b, const ObjectivePar
     }
     parity ^= 1;
   }
-  team.wait_stores(0);
-  team.cluster_sync();  // nobody leaves while others may still post to it
+  team.wait_stores(0);  // others post to this CTA before its last cluster_sync only: it may leave
 }
 
 }  // namespace pyrl::one_read

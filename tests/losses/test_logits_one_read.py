@@ -134,6 +134,35 @@ def test_whose_memory(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@BOTH
+def test_nothing_else_of_the_logits_size_is_made(backend, inplace):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Large(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= size and out.data_ptr() not in own:
+                own.add(out.data_ptr())
+                self.made += 1
+            return out
+
+    rows, v = 16, 30_000
+    size = rows * v // 2
+    logits = torch.randn(rows, v, device=DEVICE, requires_grad=True) * 1
+    own = {logits.data_ptr()}
+    target = torch.randint(v, (rows,), device=DEVICE)
+    with Large() as seen:
+        out = pyrl.logits_policy_loss(
+            logits, target, torch.randn(rows, device=DEVICE), LossSpec(), backend=backend,
+            gradient_in_forward=True, inplace_backward=inplace,
+        )  # fmt: skip
+        torch.autograd.grad(out.loss, logits)
+    assert seen.made == (0 if inplace else 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_overwriting_would_destroy_is_refused(backend):
     leaf, target, advantages, fields = inputs()
 

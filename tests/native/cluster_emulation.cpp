@@ -95,6 +95,7 @@ struct Cta {
   std::vector<Warp> warps = std::vector<Warp>(kWarps);
   std::vector<Partial> board;
   Plan plan;
+  int left = 0;  // threads that have returned
 };
 
 struct Cluster;
@@ -155,6 +156,7 @@ struct Cluster {
     auto* fiber = reinterpret_cast<Fiber*>(static_cast<uintptr_t>(high) << 32 | low);
     fiber->cluster->body(*fiber);
     fiber->finished = true;
+    ++fiber->cluster->ctas[fiber->cta].left;
     swapcontext(&fiber->context, &fiber->cluster->scheduler);
   }
   void run() {
@@ -175,7 +177,10 @@ struct Cluster {
       makecontext(&f.context, reinterpret_cast<void (*)()>(enter), 2,
                   static_cast<unsigned>(address >> 32), static_cast<unsigned>(address));
     }
+    std::vector<int> stalled(ctas.size() * kWarps);  // rounds that a warp sits out
     for (size_t left = fibers.size(); left > 0;) {
+      for (int& rounds : stalled) rounds -= rounds > 0;
+      if (random() % 8 == 0) stalled[random() % stalled.size()] = static_cast<int>(random() % 80);
       if (!failure.empty()) throw std::runtime_error(failure);
       bool moved = false;
       const size_t begin = random() % fibers.size();
@@ -183,7 +188,7 @@ struct Cluster {
       for (size_t k = 0; k < fibers.size(); ++k) {
         const size_t i = (backward ? 2 * fibers.size() - k : k) + begin;
         Fiber& f = fibers[i % fibers.size()];
-        if (f.finished || (f.ready && !f.ready())) continue;
+        if (f.finished || stalled[f.cta * kWarps + f.warp] || (f.ready && !f.ready())) continue;
         if (f.lane == 0 && random() % 4 == 0) continue;  // a warp's leader may be slow
         f.ready = nullptr;
         running = &f;
@@ -265,6 +270,7 @@ class Team {
     return static_cast<V>(reduce(v, [](double a, double b) { return static_cast<V>(a + b); }));
   }
   void post(int to, int parity, int at, const Partial& p) {
+    if (all_.ctas[to].left > 0) throw std::runtime_error("posted to a CTA that is leaving");
     all_.ctas[to].board[parity * ctas() * kWarps + at] = p;
   }
   Partial board(int parity, int at) const { return cta_.board[parity * ctas() * kWarps + at]; }
