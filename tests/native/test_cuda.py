@@ -162,7 +162,7 @@ def test_one_read_equals_two(name, dtype, n, V, ctas):
     assert (again[~vectors[-1]] == 0).all()
     others = z.clone()
     ops.logits_policy_grad_(z, *head, *vectors, spec.params(), rows=index, ctas=ctas)
-    assert torch.equal(z[index], again)  # whatever the addresses: sums differ in their order only
+    assert torch.equal(z[index], again)  # the same sums: the logits were at the same addresses
     z[index] = others[index]
     assert torch.equal(z.nan_to_num(), others.nan_to_num())
 
