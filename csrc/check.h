@@ -68,6 +68,11 @@ T* vector(const std::optional<Tensor>& t, const char* name, int64_t size, const 
   return t ? vector<T>(*t, name, size, like) : nullptr;
 }
 
+// Output of `sizes`, on the device of `like`.
+inline Tensor output(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
 // Which rows of z a kernel touches: all of a contiguous [n, V], or those that `rows` names of an
 // [N, V] with any distance from row to row.
 inline RowIndex row_index(const Tensor& z, const std::optional<Tensor>& rows) {
@@ -80,18 +85,22 @@ inline RowIndex row_index(const Tensor& z, const std::optional<Tensor>& rows) {
   return {z.stride(0), vector<int64_t>(*rows, "rows", rows->numel(), z)};
 }
 
+inline DType logits_dtype(const Tensor& z) {
+  const ScalarType type = z.scalar_type();
+  PYRL_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+             "z must be float32, bfloat16 or float16");
+  return type == ScalarType::Float      ? DType::kF32
+         : type == ScalarType::BFloat16 ? DType::kBF16
+                                        : DType::kF16;
+}
+
 inline LogitsRows logits_rows(const Tensor& z, const Tensor& target, const Tensor& inv_temperature,
                               double logit_scale, double softcap,
                               const std::optional<Tensor>& rows) {
   const RowIndex at = row_index(z, rows);
   const int64_t n = rows ? rows->numel() : z.size(0), vocab = z.size(1);
   PYRL_CHECK(vocab > 0 || n == 0, "z has an empty vocabulary");
-  const ScalarType type = z.scalar_type();
-  PYRL_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-             "z must be float32, bfloat16 or float16");
-  const DType dtype = type == ScalarType::Float      ? DType::kF32
-                      : type == ScalarType::BFloat16 ? DType::kBF16
-                                                     : DType::kF16;
+  const DType dtype = logits_dtype(z);
   return {z.data_ptr(),
           at,
           dtype,
@@ -123,6 +132,59 @@ inline LogitsGrad logits_grad(const Tensor& z, const Tensor& lse, const Tensor& 
           vector<float>(g, "g", n, z)};
 }
 
+struct ScaledRows {
+  RowIndex at;
+  DType dtype;
+  const float* factor;
+  int64_t n;
+};
+
+// Checked inputs of logits_scale_: factor is 0-d.
+inline ScaledRows scaled_rows(const Tensor& z, const Tensor& factor,
+                              const std::optional<Tensor>& rows) {
+  PYRL_CHECK(factor.scalar_type() == ScalarType::Float && factor.numel() == 1,
+             "factor must be one float32");
+  PYRL_CHECK(factor.is_cuda() == z.is_cuda() && factor.get_device_index() == z.get_device_index(),
+             "factor is on another device than the first argument");
+  const RowIndex at = row_index(z, rows);
+  return {at, logits_dtype(z), static_cast<const float*>(factor.data_ptr()),
+          rows ? rows->numel() : z.size(0)};
+}
+
+struct PolicyOutputs {
+  Tensor logprob, entropy, lse;
+};
+
+// Checked inputs and fresh outputs of logits_policy_grad_; z and source as in logits_grad.
+inline LogitsPolicy logits_policy(const Tensor& z, const Tensor& target,
+                                  const Tensor& inv_temperature, double logit_scale,
+                                  double softcap, const std::optional<Tensor>& old,
+                                  const std::optional<Tensor>& ref,
+                                  const std::optional<Tensor>& rollout, const Tensor& advantage,
+                                  const Tensor& weight, const Tensor& keep,
+                                  const ObjectiveParams& params, const std::optional<Tensor>& rows,
+                                  const std::optional<Tensor>& source, PolicyOutputs& out) {
+  PYRL_CHECK(!params.couples_tokens(), "params couple the tokens of a sequence: their gradient "
+             "cannot be formed row by row");
+  LogitsPolicy b{};
+  b.rows = logits_rows(source ? *source : z, target, inv_temperature, logit_scale, softcap, rows);
+  const int64_t n = target.numel();
+  out = {output(z, {n}, ScalarType::Float), output(z, {n}, ScalarType::Float),
+         output(z, {n}, ScalarType::Float)};
+  b.stats = {static_cast<float*>(out.logprob.data_ptr()), static_cast<float*>(out.entropy.data_ptr()),
+             static_cast<float*>(out.lse.data_ptr())};
+  const LogitsGrad to = logits_grad(z, out.lse, out.entropy, weight, weight, {}, rows, source);
+  b.dz = to.dz;
+  b.at = to.at;
+  b.old = vector<float>(old, "old", n, z);
+  b.ref = vector<float>(ref, "ref", n, z);
+  b.rollout = vector<float>(rollout, "rollout", n, z);
+  b.advantage = vector<float>(advantage, "advantage", n, z);
+  b.weight = vector<float>(weight, "weight", n, z);
+  b.keep = vector<bool>(keep, "keep", n, z);
+  return b;
+}
+
 inline SupportRows support_rows(const std::optional<Tensor>& spans,
                                 const std::optional<Tensor>& ids, int64_t n, const Tensor& z) {
   PYRL_CHECK(spans.has_value() == ids.has_value(), "spans and ids belong together");
@@ -137,11 +199,6 @@ inline SupportRows support_rows(const std::optional<Tensor>& spans,
   const void* values = wide ? static_cast<const void*>(vector<int64_t>(*ids, "ids", entries, z))
                             : vector<int32_t>(*ids, "ids", entries, z);
   return {static_cast<const int64_t*>(spans->data_ptr()), values, wide, entries};
-}
-
-// Output of `sizes`, on the device of `like`.
-inline Tensor output(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
 }
 
 struct ObjectiveOutputs {

@@ -63,6 +63,18 @@ struct ObjectiveBatch {
   double* metrics;  // [kMetrics]
 };
 
+// logits -> loss gradient in one read and one write: of row i the stats, from them c and h of token
+// i (objective.h; its logprob, entropy, c and h are not in memory), then dz as in LogitsGrad. For
+// objectives that do not couple tokens. A row that is not kept is not read: zeros everywhere.
+struct LogitsPolicy {
+  LogitsRows rows;
+  void* dz;
+  RowIndex at;  // of dz
+  LogitsStats stats;
+  const float *old, *ref, *rollout, *advantage, *weight;  // as in ObjectiveBatch
+  const bool* keep;
+};
+
 // Methods of group_advantage, in the order of pyrl.ops.group_advantage.
 enum AdvantageMethod {
   kGrpo = 0,
@@ -141,8 +153,18 @@ int policy_objective(const ObjectiveBatch& batch, const double* params, double* 
 int64_t group_advantage_scratch(const GroupAdvantage& batch);
 int group_advantage(const GroupAdvantage& batch, double* scratch, void* stream);
 int gae(const Gae& batch, void* stream);
-int logits_stats(const LogitsRows& rows, const LogitsStats& stats, int64_t n, void* stream);
+// With `keep`, rows that are not kept are not read: their statistics are 0.
+int logits_stats(const LogitsRows& rows, const LogitsStats& stats, int64_t n, void* stream,
+                 const bool* keep = nullptr);
 int logits_grad(const LogitsRows& rows, const LogitsGrad& grad, int64_t n, void* stream);
+// z *= factor[0] over n rows of z [., vocab]; nothing is read or written where the factor is 1.
+int logits_scale(void* z, const RowIndex& at, DType dtype, int64_t vocab, const float* factor,
+                 int64_t n, void* stream);
+// CTAs a row that logits_policy would use on the current device, `ctas` of them if that is not 0;
+// 0 where there are no clusters, the row does not fit, or rows of the matrices pass 2^30.
+int logits_policy_ctas(const LogitsPolicy& batch, int64_t matrix_rows, int ctas);
+int logits_policy(const LogitsPolicy& batch, const double* params, int64_t n, int ctas,
+                  void* stream);
 int support_stats(const LogitsRows& rows, const SupportRows& support, const LogitsStats& stats,
                   int64_t n, void* stream);
 // `scratch` has support.entries floats.

@@ -42,6 +42,10 @@ struct Token {
         rollout(b.rollout ? b.rollout[i] : NAN),
         advantage(b.advantage[i]),
         weight(b.weight[i]) {}
+  PYRL_HOST_DEVICE Token(double logprob, double entropy, double old, double ref, double rollout,
+                         double advantage, double weight)
+      : logprob(logprob), entropy(entropy), old(old), ref(ref), rollout(rollout),
+        advantage(advantage), weight(weight) {}
   // Without an old log-prob the token is on-policy: delta is 0, with gradient. Subtracted all the
   // same, so that a NaN log-prob stays seen.
   PYRL_HOST_DEVICE double delta() const { return logprob - anchor(); }
@@ -285,6 +289,10 @@ PYRL_HOST_DEVICE double logprob_gradient(const ObjectiveParams& p, const Sequenc
   return loss.direct + (clipped ? 0.0 : s.through / s.count);
 }
 
+PYRL_HOST_DEVICE double entropy_gradient(const ObjectiveParams& p, const Token& t) {
+  return p.entropy_coef == 0.0 ? 0.0 : -t.weight * p.entropy_coef;
+}
+
 // Last sweep: token i's loss and metrics are added to `sums`, b.c[i] and b.h[i] are written. What
 // an unkept token holds is never computed with.
 PYRL_HOST_DEVICE void objective_at(const ObjectiveParams& p, const ObjectiveBatch& b, int64_t i,
@@ -295,7 +303,7 @@ PYRL_HOST_DEVICE void objective_at(const ObjectiveParams& p, const ObjectiveBatc
   }
   const Token t(b, i);
   const TokenLoss loss(p, t, s);
-  const double h = p.entropy_coef == 0.0 ? 0.0 : -t.weight * p.entropy_coef;
+  const double h = entropy_gradient(p, t);
   b.c[i] = static_cast<float>(logprob_gradient(p, s, loss));
   b.h[i] = static_cast<float>(b.entropy ? h : 0.0);
 

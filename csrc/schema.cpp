@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(pyrl_native, m) {
       "float softcap, Tensor lse, Tensor entropy, Tensor c, Tensor h, Tensor? g, "
       "Tensor? spans=None, Tensor? ids=None, Tensor? rows=None, Tensor? source=None) -> ()");
   m.def(
+      "logits_policy_grad_(Tensor(a!) z, Tensor target, Tensor inv_temperature, float logit_scale, "
+      "float softcap, Tensor? old, Tensor? ref, Tensor? rollout, Tensor advantage, Tensor weight, "
+      "Tensor keep, Tensor params, Tensor? rows=None, Tensor? source=None, int ctas=0) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("logits_scale_(Tensor(a!) z, Tensor factor, Tensor? rows=None) -> ()");
+  m.def(
       "objective_terms(Tensor logprob, Tensor? entropy, Tensor? old, Tensor? ref, "
       "Tensor? rollout, Tensor advantage, Tensor weight, Tensor keep, Tensor? bounds, "
       "Tensor params) "

@@ -103,6 +103,35 @@ if _CPU_REASON is None:
     ) -> None:
         return None
 
+    @torch.library.register_fake("pyrl_native::logits_policy_grad_")
+    def _(
+        z: Tensor,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        old: Tensor | None,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        advantage: Tensor,
+        weight: Tensor,
+        keep: Tensor,
+        params: Tensor,
+        rows: Tensor | None = None,
+        source: Tensor | None = None,
+        ctas: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = target.shape[0]
+        return (
+            z.new_empty(n, dtype=torch.float32),
+            z.new_empty(n, dtype=torch.float32),
+            z.new_empty(n, dtype=torch.float32),
+        )
+
+    @torch.library.register_fake("pyrl_native::logits_scale_")
+    def _(z: Tensor, factor: Tensor, rows: Tensor | None = None) -> None:
+        return None
+
     @torch.library.register_fake("pyrl_native::objective_terms")
     def _(
         logprob: Tensor,

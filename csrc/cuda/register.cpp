@@ -69,6 +69,53 @@ void logits_grad_op(const Tensor& z, const Tensor& target, const Tensor& inv_tem
                "logits_grad_");
 }
 
+// One read where a thread-block cluster holds a row; else the kernels that read it twice.
+// ctas: CTAs a row, 0: chosen, -1: two reads.
+std::tuple<Tensor, Tensor, Tensor> logits_policy_op(
+    const Tensor& z, const Tensor& target, const Tensor& inv_temperature, double logit_scale,
+    double softcap, const std::optional<Tensor>& old, const std::optional<Tensor>& ref,
+    const std::optional<Tensor>& rollout, const Tensor& advantage, const Tensor& weight,
+    const Tensor& keep, const Tensor& params, const std::optional<Tensor>& row_ids,
+    const std::optional<Tensor>& source, int64_t ctas) {
+  const OnDevice device(z);
+  const double* numbers = objective_params(params);
+  const ObjectiveParams p = ObjectiveParams::from(numbers);
+  PolicyOutputs out;
+  const LogitsPolicy b =
+      pyrl::logits_policy(z, target, inv_temperature, logit_scale, softcap, old, ref, rollout,
+                          advantage, weight, keep, p, row_ids, source, out);
+  const int64_t n = target.numel();
+  const int64_t most = source && source->size(0) > z.size(0) ? source->size(0) : z.size(0);
+  const int wanted = static_cast<int>(ctas);
+  const bool one_read = ctas >= 0 && logits_policy_ctas(b, most, wanted) > 0;
+  PYRL_CHECK(one_read || ctas <= 0, "pyrl_native::logits_policy_grad_: ctas=", ctas,
+             ": expected 1, 2, 4, 8 or 16 that hold a row, on a GPU with clusters");
+  if (one_read) {
+    check_launch(logits_policy(b, numbers, n, wanted, device.stream()), "logits_policy_grad_");
+    return {out.logprob, out.entropy, out.lse};
+  }
+  check_launch(logits_stats(b.rows, b.stats, n, device.stream(), b.keep), "logits_policy_grad_");
+  ObjectiveOutputs terms;
+  const ObjectiveBatch batch = objective_batch(out.logprob, out.entropy, old, ref, rollout,
+                                               advantage, weight, keep, {}, p, terms);
+  const Tensor scratch = output(z, {policy_objective_scratch(batch)}, ScalarType::Double);
+  check_launch(policy_objective(batch, numbers, static_cast<double*>(scratch.data_ptr()),
+                                device.stream()),
+               "logits_policy_grad_");
+  const LogitsGrad grad{b.dz,    b.at,    b.stats.lse, b.stats.entropy,
+                        batch.c, batch.h, nullptr};
+  check_launch(logits_grad(b.rows, grad, n, device.stream()), "logits_policy_grad_");
+  return {out.logprob, out.entropy, out.lse};
+}
+
+void logits_scale_op(const Tensor& z, const Tensor& factor, const std::optional<Tensor>& row_ids) {
+  const OnDevice device(z);
+  const ScaledRows rows = scaled_rows(z, factor, row_ids);
+  check_launch(logits_scale(z.data_ptr(), rows.at, rows.dtype, z.size(1), rows.factor, rows.n,
+                            device.stream()),
+               "logits_scale_");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> objective_terms_op(
     const Tensor& logprob, const std::optional<Tensor>& entropy, const std::optional<Tensor>& old,
     const std::optional<Tensor>& ref, const std::optional<Tensor>& rollout,
@@ -116,6 +163,8 @@ std::tuple<Tensor, Tensor> gae_op(const Tensor& rewards, const Tensor& values, c
 STABLE_TORCH_LIBRARY_IMPL(pyrl_native, CUDA, m) {
   m.impl("logits_stats", TORCH_BOX(&pyrl::cuda::logits_stats_op));
   m.impl("logits_grad_", TORCH_BOX(&pyrl::cuda::logits_grad_op));
+  m.impl("logits_policy_grad_", TORCH_BOX(&pyrl::cuda::logits_policy_op));
+  m.impl("logits_scale_", TORCH_BOX(&pyrl::cuda::logits_scale_op));
   m.impl("objective_terms", TORCH_BOX(&pyrl::cuda::objective_terms_op));
   m.impl("group_advantage_terms", TORCH_BOX(&pyrl::cuda::group_advantage_op));
   m.impl("gae_terms", TORCH_BOX(&pyrl::cuda::gae_op));

@@ -132,6 +132,45 @@ class Backend(Protocol):
         ...
 
 
+class OneReadBackend(Backend, Protocol):
+    """A backend that also goes from logits to the gradient of a policy loss in one read of them."""
+
+    def logits_policy_grad_(
+        self,
+        z: Tensor,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        old: Tensor | None,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        advantage: Tensor,
+        weight: Tensor,
+        keep: Tensor,
+        params: Tensor,
+        rows: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`logits_stats`, `objective_terms` and `logits_grad_`: z <- dloss/dz, for a loss that does
+        not couple tokens; logprob, entropy, lse [n].
+
+        `rows`, `source` and z as in `logits_grad_`. A row that is not kept becomes 0, with outputs
+        0, and is not read.
+        """
+        ...
+
+    def logits_scale_(self, z: Tensor, factor: Tensor, rows: Tensor | None = None) -> None:
+        """z[rows] *= factor (0-d, fp32), zeros staying 0; nothing is read where the factor is 1."""
+        ...
+
+
+@torch.compiler.assume_constant_result
+def reads_once(name: str) -> bool:
+    """Whether the backend is a `OneReadBackend`."""
+    return name in TABLE and hasattr(load(name), "logits_policy_grad_")
+
+
 def load(name: str) -> Backend:
     """The backend's module; callers have checked that it is usable."""
     module: ModuleType = importlib.import_module(TABLE[name][0])

@@ -52,21 +52,7 @@ def logits_logprob(
     rows that share memory. NotImplementedError for `inplace_backward` on the reference backend.
     """
     where = layout(target, mask, None)
-    if not logits.is_floating_point() or logits.dim() < 2 or logits.shape[-1] == 0:
-        raise ValueError(
-            "logits: expected floating [T, V] or [B, L, V] with V > 0, got "
-            f"{logits.dtype} {tuple(logits.shape)}"
-        )
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"target: expected integer token ids, got {target.dtype}")
-    check_shape("logits", logits, (*target.shape, logits.shape[-1]), target.device)
-    name = select(backend, logits.device)
-    if logits.dtype == torch.float64 and name != "reference":
-        raise ValueError(
-            f"logits: backend {name!r} takes float32, bfloat16 and float16, got float64"
-        )
-    if inplace_backward:
-        _check_inplace(logits, name)
+    name = check_logits(logits, target, backend, inplace=inplace_backward)
     check_scaling(softcap, logit_scale)
     y, inv, cap = token_ids(target), inv_temperature(temperature, target), softcap or 0.0
     indptr, ids = support_fields(support, target)
@@ -80,6 +66,26 @@ def logits_logprob(
             logits, y, inv, where.keep, indptr, ids, cap, logit_scale, name, inplace_backward
         )
     return LogProb(*(v.float().reshape(target.shape) for v in out))
+
+
+def check_logits(logits: Tensor, target: Tensor, backend: str | None, *, inplace: bool) -> str:
+    """The backend for these logits, after checking that they fit the target, it, and `inplace`."""
+    if not logits.is_floating_point() or logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ValueError(
+            "logits: expected floating [T, V] or [B, L, V] with V > 0, got "
+            f"{logits.dtype} {tuple(logits.shape)}"
+        )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"target: expected integer token ids, got {target.dtype}")
+    check_shape("logits", logits, (*target.shape, logits.shape[-1]), target.device)
+    name = select(backend, logits.device)
+    if logits.dtype == torch.float64 and name != "reference":
+        raise ValueError(
+            f"logits: backend {name!r} takes float32, bfloat16 and float16, got float64"
+        )
+    if inplace:
+        _check_inplace(logits, name)
+    return name
 
 
 def _check_inplace(logits: Tensor, backend: str) -> None:

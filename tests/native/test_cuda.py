@@ -130,6 +130,55 @@ def objective_inputs(T, spec, seed):
     return (*fields, bounds if spec.couples_tokens else None)
 
 
+# One CTA to the largest cluster, what is chosen (0), against two reads (-1). 4096 odd rows keep
+# every ring wrapping; the last two sizes need a cluster to hold a row.
+@pytest.mark.parametrize("ctas", (0, 1, 2, 4, 8, 16))
+@pytest.mark.parametrize(("n", "V"), ((5, 1), (5, 7), (4096, 1001), (300, 32001), (200, 151936)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n, s in SPECS.items() if not s.couples_tokens])
+def test_one_read_equals_two(name, dtype, n, V, ctas):
+    spec, g = SPECS[name], torch.Generator("cuda").manual_seed(V)
+    _, _, *vectors, _ = on_gpu(*objective_inputs(n, spec, seed=V))
+    z = (torch.randn(n + 3, V + 1, device="cuda", generator=g) * 4).to(dtype)[:, 1:]
+    z[:, ::7], z[0] = -math.inf, -math.inf
+    index = torch.randperm(n + 3, device="cuda", generator=g)[:n]
+    target = torch.randint(V, (n,), device="cuda", generator=g)
+    z[index, target] = 1.0
+    head = (target, torch.rand(n, device="cuda", generator=g) + 0.5, 1.3, 9.0 if V == 7 else 0.0)
+    z[index[~vectors[-1]]] = math.nan  # not read
+    out = torch.full((n, V), 7.0, device="cuda", dtype=dtype)
+    given = {"rows": index, "source": z}
+    expected = ops.logits_policy_grad_(out, *head, *vectors, spec.params(), **given, ctas=-1)
+    again = torch.full_like(out, 7.0)
+    try:
+        actual = ops.logits_policy_grad_(again, *head, *vectors, spec.params(), **given, ctas=ctas)
+    except RuntimeError as error:
+        needs = V * z.element_size() / ctas
+        assert ctas > 0 and "that hold a row" in str(error) and needs > 64 << 10
+        return
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e.cpu(), rtol=4e-6, atol=4e-6)
+    close(again, out.cpu(), rtol=2 * SPACING[dtype], atol=2e-6)
+    assert (again[~vectors[-1]] == 0).all()
+    others = z.clone()
+    ops.logits_policy_grad_(z, *head, *vectors, spec.params(), rows=index, ctas=ctas)
+    assert torch.equal(z[index], again)  # the same sums: the logits were at the same addresses
+    z[index] = others[index]
+    assert torch.equal(z.nan_to_num(), others.nan_to_num())
+
+
+def test_scaling_by_one_reads_nothing():
+    z = torch.randn(33, 1001, device="cuda")
+    z[3] = 0
+    expected, one = z * 3, torch.ones((), device="cuda")
+    ops.logits_scale_(z, one * 3)
+    assert torch.equal(z, expected)
+    ops.logits_scale_(z, one)
+    assert torch.equal(z, expected)
+    ops.logits_scale_(z, one * math.inf, rows=torch.tensor([3], device="cuda"))
+    assert torch.equal(z, expected)
+
+
 @pytest.mark.parametrize("T", (0, 1, 700, 3_000_001))
 @pytest.mark.parametrize("name", SPECS)
 def test_objective(name, T):
