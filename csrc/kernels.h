@@ -142,6 +142,7 @@ struct HeadGrad {
   // bf16: the low 8 bits of the 24-bit sum whose high 16 are in dweight; null where this chunk is
   // the only one.
   uint8_t* low;
+  int64_t low_stride;
   float* dbias;      // [V], added to; null: not wanted
   bool first, last;  // chunk of the sum over dweight
 };

@@ -85,11 +85,11 @@ Chunk make_chunk(const Tensor& x, const Tensor& weight, const std::optional<Tens
              "near=", near, ": expected all rows or a multiple of 32 that fits the rows of dweight");
   if (near > 0) h.near = dweight->data_ptr(), h.near_stride = h.dim, h.near_rows = near;
   if (far) {
-    PYRL_CHECK(far->scalar_type() == type && far->is_contiguous() && far->dim() == 2 &&
-                   far->size(0) == h.vocab && far->size(1) >= h.lanes() - near_lanes,
-               "far must be contiguous, of the dtype of x, of shape [", h.vocab, ", at least ",
-               h.lanes() - near_lanes, "]");
-    h.far = far->data_ptr(), h.far_stride = far->size(1);
+    PYRL_CHECK(far->scalar_type() == type && is_matrix(*far) && far->size(0) == h.vocab &&
+                   far->size(1) >= h.lanes() - near_lanes,
+               "far must have the dtype of x, adjacent columns, and shape [", h.vocab,
+               ", at least ", h.lanes() - near_lanes, "]");
+    h.far = far->data_ptr(), h.far_stride = far->stride(0);
   }
   PYRL_CHECK(far || near == 0 || near == h.rows, "far holds the logits of the rows after near");
 
@@ -199,10 +199,11 @@ void head_grad_(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   const bool split = dweight && head.dtype == DType::kBF16 && !(first && last);
   PYRL_CHECK(low.has_value() == split, "low: expected for bfloat16 dweight of several chunks only");
   if (low) {
-    PYRL_CHECK(low->scalar_type() == ScalarType::Byte && low->is_contiguous() && low->dim() == 2 &&
+    PYRL_CHECK(low->scalar_type() == ScalarType::Byte && is_matrix(*low) &&
                    low->size(0) == head.vocab && low->size(1) == head.dim,
-               "low must be contiguous, uint8, of the shape of weight");
+               "low must be uint8, of the shape of weight, with adjacent columns");
     grad.low = static_cast<uint8_t*>(low->data_ptr());
+    grad.low_stride = low->stride(0);
   }
   grad.dbias = vector<float>(dbias, "dbias", head.vocab, x);
   grad.first = first, grad.last = last;

@@ -241,9 +241,9 @@ struct Head {
 
   // dweight[v, column ...] += sum; what is past the last column is dropped.
   PYRL_MEMBER void add_dweight(const HeadGrad& grad, int64_t v, int64_t column, Float sum) const {
-    const int64_t left = chunk.dim - column, at = v * chunk.dim + column;
-    type* high = static_cast<type*>(grad.dweight) + at;
-    uint8_t* low = grad.low ? grad.low + at : nullptr;
+    const int64_t left = chunk.dim - column;
+    type* high = static_cast<type*>(grad.dweight) + v * chunk.dim + column;
+    uint8_t* low = grad.low ? grad.low + v * grad.low_stride + column : nullptr;
     if (left >= kWidth) {
       accumulate(grad, high, low, sum);
     } else if (left > 0) {
