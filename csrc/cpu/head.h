@@ -40,6 +40,12 @@ struct Head {
   const type* weight(int64_t v) const {
     return static_cast<const type*>(chunk.weight) + v * chunk.weight_stride;
   }
+  // Tokens of the block after that of v.
+  int64_t following(int64_t v) const {
+    const int64_t left = chunk.vocab - v - kHeadBlock;
+    return left < kHeadBlock ? left : kHeadBlock;
+  }
+  static int64_t tiles(int64_t count) { return count / kTile; }
   int64_t near_lanes() const { return (chunk.near_rows + 31) / 32 * 32; }
   // Logits of token v, lanes from r on.
   type* z(int64_t v, int64_t r) const {
@@ -67,13 +73,19 @@ struct Head {
         }
         w = wide.get();
       }
+      Ahead ahead;
+      if (in_place() && following(v) > 0) {
+        ahead.add(weight(v + count), following(v), chunk.dim * sizeof(type),
+                  chunk.weight_stride * sizeof(type));
+        ahead.spread(tiles(count) * (lanes / kPanel));
+      }
       for (int64_t r = 0; r < lanes; r += kPanel) {
-        multiply_panel<kPairs>(0, count, units, w, stride, 1, x + r * units,
-                               [&](int64_t i, Float low, Float high)
-                                   __attribute__((always_inline)) {
-                                     store(tile.get() + i * kPanel, low);
-                                     store(tile.get() + i * kPanel + kWidth, high);
-                                   });
+        const auto before = [&](int64_t, int) { ahead.some(); };
+        const auto put = [&](int64_t i, Float low, Float high) __attribute__((always_inline)) {
+          store(tile.get() + i * kPanel, low);
+          store(tile.get() + i * kPanel + kWidth, high);
+        };
+        multiply_panel<kPairs>(0, count, units, w, stride, 1, x + r * units, before, put);
         panel_sums(v, count, r, tile.get(), out);
       }
     }
@@ -89,12 +101,14 @@ struct Head {
       const auto to_x = transform(r + k);
       float* const column = tile + k;
       Float top = splat(-kInf);
+      type* raw = kept ? z(v, r + k) : nullptr;
+      const int64_t raw_stride = r < near_lanes() ? chunk.near_stride : chunk.far_stride;
       for (int i = 0; i < count; ++i) {
-        Float raw = load(column + i * kPanel);
-        if (bias) raw = raw + splat(Op::scalar(bias[v + i]));
-        raw = E::rounded(raw);
-        if (kept) E::store(z(v + i, r + k), raw);
-        const Float value = to_x.apply(raw).x;
+        Float value = load(column + i * kPanel);
+        if (bias) value += splat(Op::scalar(bias[v + i]));
+        value = E::rounded(value);
+        if (kept) E::store(raw + i * raw_stride, value);
+        value = to_x.apply(value).x;
         top = max_or_second(value, top);
         store(column + i * kPanel, value);
       }
@@ -148,30 +162,59 @@ struct Head {
       const int count = static_cast<int>(
           chunk.vocab - v < kHeadBlock ? chunk.vocab - v : kHeadBlock);
       form_dz(grad, v, count, by_token.get(), by_pair.get());
+      Ahead ahead;
+      const int64_t next = following(v), size = sizeof(type);
+      if (grad.dweight) {
+        auto* dweight = static_cast<const type*>(grad.dweight) + v * chunk.dim;
+        if (!grad.first) ahead.add(dweight, count, chunk.dim * size, chunk.dim * size);
+        if (!grad.first && grad.low) {
+          ahead.add(grad.low + v * grad.low_stride, count, chunk.dim, grad.low_stride);
+        }
+      }
+      if (chunk.far) {
+        ahead.add(z(v + count, near_lanes()), next, (lanes - near_lanes()) * size,
+                  chunk.far_stride * size);
+      }
+      ahead.add(z(v + count, 0), chunk.near ? next : 0, near_lanes() * size,
+                chunk.near_stride * size);
       if (grad.dx) {
         Op::pack_rows(weight(v), chunk.weight_stride, count, chunk.dim, w.get());
         const int64_t k = Op::units(count);
         const bool fresh = v == begin * kHeadBlock;
+        ahead.spread(tiles(chunk.rows) * panels);
         for (int64_t p = 0; p < panels; ++p) {
           float* dx = grad.dx + p * chunk.rows * kPanel;
+          const auto before = [&](int64_t i, int rows) {
+            for (int r = 0; r < rows && !fresh; ++r) fetch<3>(dx + (i + r) * kPanel, kPanel * 4);
+            ahead.some();
+          };
+          const auto put = [&](int64_t i, Float low, Float high) __attribute__((always_inline)) {
+            float* at = dx + i * kPanel;
+            store(at, fresh ? low : low + load(at));
+            store(at + kWidth, fresh ? high : high + load(at + kWidth));
+          };
           multiply_panel<kPairs>(0, chunk.rows, k, by_row, 1, lanes, w.get() + p * k * kPanel,
-                                 [&](int64_t i, Float low, Float high)
-                                     __attribute__((always_inline)) {
-                                       float* at = dx + i * kPanel;
-                                       store(at, fresh ? low : low + load(at));
-                                       store(at + kWidth, fresh ? high : high + load(at + kWidth));
-                                     });
+                                 before, put);
         }
       }
       if (!grad.dweight) continue;
+      if (grad.dx) {
+        ahead = Ahead();
+        ahead.add(weight(v + count), next, chunk.dim * size, chunk.weight_stride * size);
+      }
+      ahead.spread(tiles(count) * panels);
       for (int64_t p = 0; p < panels; ++p) {
+        const auto before = [&](int64_t i, int rows) {
+          const auto* at = static_cast<const type*>(grad.dweight) + (v + i) * chunk.dim + p * kPanel;
+          for (int r = 0; r < rows; ++r) fetch<3>(at + r * chunk.dim, kPanel * size);
+          ahead.some();
+        };
+        const auto put = [&](int64_t i, Float low, Float high) __attribute__((always_inline)) {
+          add_dweight(grad, v + i, p * kPanel, low);
+          add_dweight(grad, v + i, p * kPanel + kWidth, high);
+        };
         multiply_panel<kPairs>(0, count, row_units, by_token.get(), lanes / (kPairs ? 2 : 1), 1,
-                               x + p * row_units * kPanel,
-                               [&](int64_t i, Float low, Float high)
-                                   __attribute__((always_inline)) {
-                                     add_dweight(grad, v + i, p * kPanel, low);
-                                     add_dweight(grad, v + i, p * kPanel + kWidth, high);
-                                   });
+                               x + p * row_units * kPanel, before, put);
       }
     }
   }

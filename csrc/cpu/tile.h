@@ -55,13 +55,56 @@ PYRL_INLINE Float multiply_add(Float a, Float b, Float c) {
   return a * b + c;
 }
 
+// Prefetches the cache lines of `bytes` from `from` on; kKeep 3: into the L1 cache, 2: into the L2.
+template <int kKeep>
+PYRL_INLINE void fetch(const void* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + byte, 0, kKeep);
+  }
+}
+
+// Memory that later work reads, fetched into the L2 cache a little at a time between tiles: the
+// hardware's own prefetch starts anew with every row and page.
+class Ahead {
+ public:
+  void add(const void* from, int64_t rows, int64_t bytes, int64_t stride) {
+    if (rows <= 0 || bytes <= 0) return;
+    areas_[count_++] = {static_cast<const char*>(from), rows, bytes, stride};
+    lines_ += rows * ((bytes + 63) / 64);
+  }
+  // What was added is spread over `calls` of `some`.
+  void spread(int64_t calls) { each_ = calls > 0 ? (lines_ + calls - 1) / calls : 0; }
+  PYRL_MEMBER void some() {
+    for (int64_t i = 0; i < each_ && area_ < count_; ++i) {
+      const Area& area = areas_[area_];
+      fetch<2>(area.from + row_ * area.stride + byte_, 64);
+      byte_ += 64;
+      if (byte_ < area.bytes) continue;
+      byte_ = 0;
+      if (++row_ == area.rows) row_ = 0, ++area_;
+    }
+  }
+
+ private:
+  struct Area {
+    const char* from;
+    int64_t rows, bytes, stride;
+  };
+  Area areas_[4] = {};
+  int count_ = 0, area_ = 0;
+  int64_t lines_ = 0, each_ = 0, row_ = 0, byte_ = 0;
+};
+
 // put(i, low, high) for every row i of A [count, k]: its sums with the two vectors of B's panel.
 // A's unit (i, j) is a[i * row + j * step].
-template <bool kPairs, int kRows = kTile, class Put>
+// before(i, rows): called ahead of every tile, to prefetch.
+template <bool kPairs, int kRows = kTile, class Before, class Put>
 PYRL_INLINE void multiply_panel(int64_t begin, int64_t count, int64_t k, const float* a,
-                                int64_t row, int64_t step, const float* b, const Put& put) {
+                                int64_t row, int64_t step, const float* b, const Before& before,
+                                const Put& put) {
   int64_t i = begin;
   for (; i + kRows <= count; i += kRows) {
+    before(i, kRows);
     Float sum[kRows][2] = {};
     const float *at = a + i * row, *panel = b;
     for (int64_t j = 0; j < k; ++j, at += step, panel += kPanel) {
@@ -78,7 +121,7 @@ PYRL_INLINE void multiply_panel(int64_t begin, int64_t count, int64_t k, const f
   }
   if constexpr (kRows > 1) {
     constexpr int kNext = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
-    multiply_panel<kPairs, kNext>(i, count, k, a, row, step, b, put);
+    multiply_panel<kPairs, kNext>(i, count, k, a, row, step, b, before, put);
   }
 }
 

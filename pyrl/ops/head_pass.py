@@ -166,21 +166,22 @@ def plan(n: int, vocab: int, dim: int, size: int, scratch: int, threads: int, we
     def lanes(width: int) -> int:
         return width // size // LANES * LANES
 
+    def padded(rows: int) -> int:
+        return max(-(-rows // LANES) * LANES, 0)
+
     near = dim // LANES * LANES if weight else 0
     # Every thread has its own fp32 sum of a chunk's dhidden.
     most = max(scratch // (4 * dim * threads) // LANES * LANES, LANES)
-    width = scratch // vocab
-    if n <= min(near + lanes(width), most):
-        far = -(-max(n - near, 0) // LANES) * LANES
-        return Plan([slice(0, n)] if n else [], near, far * size, 0)
-    low = dim + dim % 2 if weight and size == 2 else 0
-    width = max(width // 4 * 4, low + size * (SUMMED_ROWS if low else LANES))
+    width, low = scratch // vocab // 4 * 4, 0
+    if n > min(near + lanes(width), most):
+        low = dim + dim % 2 if weight and size == 2 else 0
+        width = max(width, low + size * (SUMMED_ROWS if low else LANES))
     first, then = min(near + lanes(width), most), min(lanes(width - low), most)
-    if first >= n:
-        return Plan([slice(0, n)], near, width, 0)
-    count = -(-(n - first) // then)
-    step = -(-(n - first) // (count * LANES)) * LANES
-    bounds = [0, *range(first, n, step), n]
+    if n <= first:
+        return Plan([slice(0, n)] if n else [], near, padded(n - near) * size, 0)
+    # The first as small as the others allow: what is summed for each row is then the least.
+    first = padded(n - -(-(n - first) // then) * then)
+    bounds = [0, *range(first, n, then), n]
     return Plan([slice(*pair) for pair in itertools.pairwise(bounds)], near, width, low)
 
 
@@ -265,11 +266,9 @@ class FusedPass:
         dtypes = [(weight if v is None else v).dtype for v in (weight, bias, a, b)]
         if self.wanted.partial:
             dtypes[2] = torch.float32
-        none = self.dbias.new_empty(0)
-        dweight = none.to(dtypes[0]) if self.dweight is None else self.dweight
-        return (
-            self.dhidden, dweight, self.dbias.to(dtypes[1]), none.to(dtypes[2]), none.to(dtypes[3])
-        )  # fmt: skip
+        low_a, low_b = (self.dbias.new_empty(0, dtype=dtype) for dtype in dtypes[2:])
+        dweight = self.dbias.new_empty(0, dtype=dtypes[0]) if self.dweight is None else self.dweight
+        return self.dhidden, dweight, self.dbias.to(dtypes[1]), low_a, low_b
 
     def _chunk(self, rows: slice) -> tuple[
         Tensor, Tensor, Tensor | None, Tensor, Tensor, float, float, Tensor | None, int,

@@ -27,9 +27,9 @@ from pyrl.ops.support import (
     support_hashes,
 )
 
-#: Bytes of one chunk of logits. CPU: what stays near the last-level cache while the GEMMs over it
-#: are still long enough to run at full rate. GPU: what keeps the GEMMs saturated.
-CHUNK_BYTES = {"cpu": 56 << 20, "cuda": 1 << 30}
+#: Bytes of one chunk of logits. CPU: with what else is held beside the gradients, 64 MiB. GPU: what
+#: keeps the GEMMs saturated.
+CHUNK_BYTES = {"cpu": 54 << 20, "cuda": 1 << 30}
 
 
 #: Its reciprocal is far inside fp32; greedy sampling has no log-probs.
