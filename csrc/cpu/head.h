@@ -230,10 +230,8 @@ struct Head {
 
   void form_dz(const HeadGrad& grad, int64_t v, int count, float* by_token, float* by_pair) const {
     for (int i = 0; i < count; ++i) {
-      Float sum = {};
       const auto put = [&](const type* z_row, int64_t r) __attribute__((always_inline)) {
         const Float d = dz_of(grad, E::load(z_row), r);
-        sum += d;
         if constexpr (kPairs) {
           E::store(reinterpret_cast<type*>(by_token) + i * lanes + r, d);
         } else {
@@ -243,9 +241,9 @@ struct Head {
       const type *near = z(v + i, 0), *far = z(v + i, near_lanes());
       for (int64_t r = 0; r < near_lanes(); r += kWidth) put(near + r, r);
       for (int64_t r = near_lanes(); r < lanes; r += kWidth) put(far + r - near_lanes(), r);
-      if (grad.dbias) grad.dbias[v + i] += static_cast<float>(horizontal_sum(sum));
     }
     targets(grad, v, count, by_token);
+    if (grad.dbias) add_dbias(grad, v, count, by_token);
     if constexpr (kPairs) {
       const auto* rows = reinterpret_cast<const type*>(by_token);
       for (int i = 0; i < count; i += 2) {
@@ -258,7 +256,21 @@ struct Head {
     }
   }
 
-  // dz of every row's target, where it is in this block; and what it changes in dbias.
+  void add_dbias(const HeadGrad& grad, int64_t v, int count, const float* by_token) const {
+    for (int i = 0; i < count; ++i) {
+      Float sum = {};
+      for (int64_t r = 0; r < lanes; r += kWidth) {
+        if constexpr (kPairs) {
+          sum += E::load(reinterpret_cast<const type*>(by_token) + i * lanes + r);
+        } else {
+          sum += load(by_token + i * lanes + r);
+        }
+      }
+      grad.dbias[v + i] += static_cast<float>(horizontal_sum(sum));
+    }
+  }
+
+  // dz of every row's target, where it is in this block.
   void targets(const HeadGrad& grad, int64_t v, int count, float* by_token) const {
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t at = chunk.target[r] - v;
@@ -270,10 +282,6 @@ struct Head {
       const float d = quiet_nan(
           target_gradient(value.x[lane], grad.in.lse[r], grad.in.entropy[r], c, h, g) *
           value.slope[lane]);
-      if (grad.dbias) {
-        const Float previous = dz_of(grad, E::load(z(v + at, first)), first);
-        grad.dbias[v + at] += d - previous[lane];
-      }
       if constexpr (kPairs) {
         store_first<D>(reinterpret_cast<type*>(by_token) + at * lanes + r, splat(d), 1);
       } else {

@@ -201,12 +201,12 @@ def _linear_policy_loss(
     logprob, entropy = (torch.zeros(target.shape, device=x.device) for _ in range(2))
     for rows in chunks.chunks():
         where = head_rows.at(rows)
-        logp, ent, lse = chunks.stats(rows)
-        logprob[where], entropy[where] = logp, ent
+        logp_x, ent_x, lse_x = chunks.stats(rows)
+        logprob[where], entropy[where] = logp_x, ent_x
         if any(needs):
             part = fields_x.rows(rows)
-            _, c, h, _ = kernels.objective_terms(logp, ent, *part, params)
-            chunks.add(rows, lse, ent, c, h, None)
+            _, c, h, _ = kernels.objective_terms(logp_x, ent_x, *part, params)
+            chunks.add(rows, lse_x, ent_x, c, h, None)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
     logp, ent, fields = canonical_tokens(logprob, entropy, fields)
     loss, _, _, metrics = kernels.objective_terms(logp, ent, *fields, params)
@@ -240,6 +240,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     # autograd copy dweight instead of taking it over.
     ctx.gradients = [v.detach() for v in output[5:]]
     ctx.scale = output[4].detach()
+    ctx.set_materialize_grads(False)  # else zeros for every output, as large as dweight
 
 
 def _backward(ctx, g, *_):

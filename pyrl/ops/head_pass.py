@@ -33,7 +33,7 @@ class HeadRows(NamedTuple):
 
     x: Tensor
     """[n, D]."""
-    index: Tensor | slice
+    places: Tensor | slice
     """Where they are among all rows."""
     target: Tensor
     """int64 [n]."""
@@ -45,7 +45,7 @@ class HeadRows(NamedTuple):
 
     def at(self, rows: slice) -> Tensor | slice:
         """Where a chunk's rows are."""
-        return rows if isinstance(self.index, slice) else self.index[rows]
+        return rows if isinstance(self.places, slice) else self.places[rows]
 
 
 class Wanted(NamedTuple):
@@ -124,14 +124,16 @@ class TorchPass:
     def stats(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """See `HeadPass.stats`."""
         self.logits(rows)
-        return self.kernels.logits_stats(*self._chunk(rows), **self.rows.support(rows))
+        z, y, inv, scale, cap = self._chunk(rows)
+        return self.kernels.logits_stats(z, y, inv, scale, cap, **self.rows.support(rows))
 
     def add(
         self, rows: slice, lse: Tensor, entropy: Tensor, c: Tensor, h: Tensor, g: Tensor | None
     ) -> None:
         """See `HeadPass.add`."""
-        z, *scaling = self._chunk(rows)
-        self.kernels.logits_grad_(z, *scaling, lse, entropy, c, h, g, **self.rows.support(rows))
+        z, y, inv, scale, cap = self._chunk(rows)
+        support = self.rows.support(rows)
+        self.kernels.logits_grad_(z, y, inv, scale, cap, lse, entropy, c, h, g, **support)
         self.grads.add(z, self.rows.x[rows], self.head, self.rows.at(rows))
 
     def result(self, scale: float) -> Gradients:
@@ -205,15 +207,17 @@ class FusedPass:
         n, (vocab, dim), size = len(x), self.weight.shape, x.element_size()
         self.scratch: Tensor | None = None
         self.dweight: Tensor | None = None
-        if wanted is None or not any(wanted.needs):
+        if wanted is not None and any(wanted.needs):
+            threads = torch.get_num_threads()
+            self.plan = plan(n, vocab, dim, size, scratch, threads, wanted.needs.weight)
+        else:
             starts = range(0, n, SCORED_ROWS)
             self.plan = Plan([slice(i, min(i + SCORED_ROWS, n)) for i in starts], 0, 0, 0)
-            return
-        hidden, weight, bias, _, _ = wanted.leaves
-        threads = torch.get_num_threads()
-        self.plan = plan(n, vocab, dim, size, scratch, threads, wanted.needs.weight)
         if self.plan.width:
             self.scratch = x.new_empty((vocab, self.plan.width), dtype=torch.uint8)
+        if wanted is None:
+            return
+        hidden, weight, bias, _, _ = wanted.leaves
         self.dhidden = torch.zeros_like(
             hidden if wanted.needs.hidden else hidden.new_empty(0),
             dtype=torch.float32 if wanted.partial else hidden.dtype,

@@ -198,7 +198,7 @@ def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
 
 def chunk_bytes(device: torch.device) -> int:
     """`CHUNK_BYTES` of a device."""
-    return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    return CHUNK_BYTES[device.type if device.type in CHUNK_BYTES else "cpu"]
 
 
 def kept_rows(
