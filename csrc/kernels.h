@@ -159,8 +159,8 @@ struct HeadKernels {
   void (*sums)(const HeadChunk&, const float* x, const HeadSums&, int64_t begin, int64_t end);
   void (*grads)(const HeadChunk&, const HeadGrad&, const float* x, int64_t begin, int64_t end);
 };
-HeadKernels avx2_head(DType dtype);
-HeadKernels avx512_head(DType dtype);
+HeadKernels avx2_head();
+HeadKernels avx512_head();
 HeadKernels avx512_bf16_head();
 
 // Rows [begin, end); one table per instruction set.

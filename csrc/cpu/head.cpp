@@ -14,12 +14,13 @@ namespace {
 std::optional<HeadKernels> choose(DType dtype) {
 #ifdef PYRL_X86
   const std::string set = chosen_rows().name;
-  if (dtype == DType::kF16) return std::nullopt;
-  if (set == "avx512") {
-    const bool pairs = dtype == DType::kBF16 && __builtin_cpu_supports("avx512bf16");
-    return pairs ? avx512_bf16_head() : avx512_head(dtype);
+  if (dtype == DType::kF32 && set == "avx512") return avx512_head();
+  if (dtype == DType::kF32 && set == "avx2") return avx2_head();
+  // bf16 only where its products are the CPU's own, in the order of torch's GEMM: logits summed
+  // otherwise are rounded to other neighbours than plain torch's, and then no nearer than those.
+  if (dtype == DType::kBF16 && set == "avx512" && __builtin_cpu_supports("avx512bf16")) {
+    return avx512_bf16_head();
   }
-  if (set == "avx2") return avx2_head(dtype);
 #endif
   return std::nullopt;
 }
@@ -140,7 +141,7 @@ void finish(const std::vector<HeadSums>& parts, int64_t owner, int64_t i, const 
 
 }  // namespace
 
-// Whether head_stats and head_grad_ take tensors of this element size: 4 is f32, 2 bf16.
+// Whether head_stats and head_grad_ take bf16 (`half`) or f32 here.
 bool head_supported(bool half) { return choose(half ? DType::kBF16 : DType::kF32).has_value(); }
 
 std::tuple<Tensor, Tensor, Tensor> head_stats(

@@ -31,7 +31,8 @@ def test_plan_covers_every_row_once(n, vocab, dim, size, scratch, threads, weigh
         c.start for c in cut.chunks[1:]
     ]
     assert (cut.chunks[0].start, cut.chunks[-1].stop) == (0, n) if n else cut.chunks == []
-    least = (dim + 1 if cut.low else 0) + size * (SUMMED_ROWS if cut.low else LANES)
+    summed = weight and size == 2
+    least = (dim + 1 if summed else 0) + size * (SUMMED_ROWS if summed else LANES)
     assert cut.width * vocab <= max(scratch, least * vocab)
     assert cut.near <= dim and cut.near % LANES == 0 and (weight or cut.near == 0)
     assert bool(cut.low) == (weight and size == 2 and len(cut.chunks) > 1)
@@ -113,7 +114,10 @@ def test_a_weight_of_another_dtype_keeps_its_own(monkeypatch):
     assert used == [None]  # the forward alone
 
 
-@fused
+@pytest.mark.skipif(
+    cpu.unavailable_reason() is not None or not cpu.has_head_kernels(torch.bfloat16),
+    reason="no bf16 kernels of whole heads for this CPU",
+)
 def test_one_ranks_part_is_fp32():
     hidden, weight, bias, target, mask, (c, h, g) = inputs(torch.bfloat16)
     none = (None, None)

@@ -17,7 +17,7 @@ def unavailable_reason() -> str | None:
 
 @functools.cache
 def has_head_kernels(dtype: torch.dtype) -> bool:
-    """See `Backend.has_head_kernels`; a CPU without AVX2 has none."""
+    """See `Backend.has_head_kernels`; bf16 needs AVX512-BF16, f32 AVX2."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     return torch.ops.pyrl_native.head_supported(dtype == torch.bfloat16)
