@@ -111,7 +111,7 @@ def test_a_weight_of_another_dtype_keeps_its_own(monkeypatch):
     fused_pass = head_pass.FusedPass
     monkeypatch.setattr(head_pass, "FusedPass", lambda *a: used.append(a[3]) or fused_pass(*a))
     assert gradients(*args)[4].dtype == torch.float32
-    assert used == [None]  # the forward alone
+    assert not any(used)  # the forward alone
 
 
 @pytest.mark.skipif(
