@@ -16,8 +16,8 @@ std::optional<HeadKernels> choose(DType dtype) {
   const std::string set = chosen_rows().name;
   if (dtype == DType::kF32 && set == "avx512") return avx512_head();
   if (dtype == DType::kF32 && set == "avx2") return avx2_head();
-  // bf16 only where its products are the CPU's own, in the order of torch's GEMM: logits summed
-  // otherwise are rounded to other neighbours than plain torch's, and then no nearer than those.
+  // bf16 only where its products are the CPU's own: of bf16 widened to f32 the logits may be rounded
+  // to other neighbours than plain torch's, and a case of the parity rule then failed.
   if (dtype == DType::kBF16 && set == "avx512" && __builtin_cpu_supports("avx512bf16")) {
     return avx512_bf16_head();
   }
