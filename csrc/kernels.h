@@ -120,7 +120,60 @@ struct Gae {
   float *advantages, *returns;
 };
 
+// A chunk of rows of a linear head on the CPU, z = x weight^T + bias, whose logits are kept
+// transposed: token v's are adjacent, those of rows 0 ... near_rows - 1 in row v of `near` (the
+// memory of the weight's gradient until that is formed), the rest in row v of `far`.
+struct HeadChunk {
+  DType dtype;              // of x, weight, bias, z and dweight: kF32 or kBF16
+  int64_t rows, dim, vocab;  // n, D, V
+  const void *x, *weight, *bias;  // [n, D], [V, D], [V] or null
+  int64_t x_stride, weight_stride;
+  const int64_t* target;  // [n] in [0, V)
+  float softcap;
+  const float *factor, *outer, *slope;  // [lanes] of Transform in cpu/softmax.h
+  void *near, *far;  // both null: the logits are not kept
+  int64_t near_stride, near_rows, far_stride;
+
+  // Rows padded to whole panels of every instruction set.
+  int64_t lanes() const { return (rows + 31) / 32 * 32; }
+};
+
+// Sums over a part of the vocabulary: m = max x, s = sum exp(x - m), t = sum exp(x - m) (x - m).
+struct HeadSums {
+  float *m, *at_target;  // [lanes]; at_target is written by the part that has the target
+  double *s, *t;
+};
+
+// As LogitsGrad: dx = p (base - slant (log p)) per lane where live has all bits set, else 0.
+struct HeadGrad {
+  LogitsGrad in;
+  const float *shift, *base, *slant;
+  const uint32_t* live;
+  float* dx;      // [panels of D][n][panel], fp32: a part's sum of dz weight; null: not wanted
+  void* dweight;  // [V, D]; null: not wanted
+  // bf16: the low 8 bits of the 24-bit sum whose high 16 are in dweight; null where this chunk is
+  // the only one.
+  uint8_t* low;
+  int64_t low_stride;
+  float* dbias;      // [V], added to; null: not wanted
+  bool first, last;  // chunk of the sum over dweight
+};
+
 namespace cpu {
+
+// A part of the vocabulary is blocks [begin, end) of kHeadBlock tokens.
+constexpr int64_t kHeadBlock = 96;
+// `x` packed by pack_x(chunk, as_columns, packed): as columns for sums, as rows for grads.
+struct HeadKernels {
+  int64_t panel;
+  int64_t (*packed_size)(const HeadChunk&, bool as_columns);  // floats
+  void (*pack_x)(const HeadChunk&, bool as_columns, float* packed);
+  void (*sums)(const HeadChunk&, const float* x, const HeadSums&, int64_t begin, int64_t end);
+  void (*grads)(const HeadChunk&, const HeadGrad&, const float* x, int64_t begin, int64_t end);
+};
+HeadKernels avx2_head();
+HeadKernels avx512_head();
+HeadKernels avx512_bf16_head();
 
 // Rows [begin, end); one table per instruction set.
 struct RowKernels {

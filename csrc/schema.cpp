@@ -32,6 +32,16 @@ STABLE_TORCH_LIBRARY(pyrl_native, m) {
       "Tensor params) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("objectives() -> int");
+  m.def("head_supported(bool half) -> bool");
+  m.def(
+      "head_stats(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor inv_temperature, "
+      "float logit_scale, float softcap, Tensor(a!)? dweight, int near, Tensor(b!)? far) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "head_grad_(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor inv_temperature, "
+      "float logit_scale, float softcap, Tensor(a!)? dweight, int near, Tensor? far, Tensor lse, "
+      "Tensor entropy, Tensor c, Tensor h, Tensor? g, Tensor(b!)? dhidden, Tensor(c!)? low, "
+      "Tensor(d!)? dbias, bool first, bool last) -> ()");
   m.def(
       "group_advantage_terms(Tensor rewards, Tensor? order, Tensor offsets, int method, "
       "bool unbiased, float eps, int filters, bool drop, float offset, float scale) "

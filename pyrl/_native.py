@@ -132,6 +132,51 @@ if _CPU_REASON is None:
     def _(z: Tensor, factor: Tensor, rows: Tensor | None = None) -> None:
         return None
 
+    @torch.library.register_fake("pyrl_native::head_stats")
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        dweight: Tensor | None,
+        near: int,
+        far: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = target.shape[0]
+        return (
+            x.new_empty(n, dtype=torch.float32),
+            x.new_empty(n, dtype=torch.float32),
+            x.new_empty(n, dtype=torch.float32),
+        )
+
+    @torch.library.register_fake("pyrl_native::head_grad_")
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        dweight: Tensor | None,
+        near: int,
+        far: Tensor | None,
+        lse: Tensor,
+        entropy: Tensor,
+        c: Tensor,
+        h: Tensor,
+        g: Tensor | None,
+        dhidden: Tensor | None,
+        low: Tensor | None,
+        dbias: Tensor | None,
+        first: bool,
+        last: bool,
+    ) -> None:
+        return None
+
     @torch.library.register_fake("pyrl_native::objective_terms")
     def _(
         logprob: Tensor,

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cpu/simd.h"
+#include "cpu/softmax.h"
 
 namespace {
 
@@ -21,37 +21,11 @@ inline int64_t offset(const pyrl::RowIndex& at, int64_t i) {
   return (at.index ? at.index[i] : i) * at.stride;
 }
 
-// What turns raw logits of one row into softmax inputs.
-template <bool kCapped>
-struct Transform {
-  float factor;          // x = z * factor, or cap * tanh(z * factor) * outer
-  float outer;           // cap * inv_temperature
-  float slope;           // dx/dz at 0
-
-  Transform(const LogitsRows& rows, int64_t row) {
-    const float inv_temperature = quiet_nan(rows.inv_temperature[row]);
-    slope = inv_temperature * rows.logit_scale;
-    factor = kCapped ? rows.logit_scale / rows.softcap : slope;
-    outer = rows.softcap * inv_temperature;
-  }
-  struct Result {
-    Float x, slope;
-  };
-  PYRL_INLINE Result apply(const Transform& t, Float z) {
-    if constexpr (kCapped) {
-      const Float squashed = tanh(z * t.factor);
-      return {squashed * t.outer, t.slope * (1.0f - squashed * squashed)};
-    } else {
-      return {z * t.factor, splat(t.slope)};
-    }
-  }
-};
-
 // One pass over the row: blocks go through L1, the sums are rescaled when the maximum rises.
 template <DType D, bool kCapped>
 void row_stats(const LogitsRows& rows, const LogitsStats& out, int64_t row) {
   using E = Element<D>;
-  const Transform<kCapped> transform(rows, row);
+  const auto transform = row_transform<kCapped>(rows, row);
   const auto* z = static_cast<const typename E::type*>(rows.z) + offset(rows.at, row);
   constexpr float kInf = __builtin_inff();
   alignas(64) float x[kBlock];
@@ -63,12 +37,12 @@ void row_stats(const LogitsRows& rows, const LogitsStats& out, int64_t row) {
     Float top = splat(-kInf);
     int i = 0;
     for (; i + kWidth <= count; i += kWidth) {
-      const Float v = transform.apply(transform, E::load(z + start + i)).x;
+      const Float v = transform.apply(E::load(z + start + i)).x;
       top = max_or_second(v, top);
       std::memcpy(x + i, &v, sizeof v);
     }
     if (i < count) {
-      const Float v = transform.apply(transform, load_first<D>(z + start + i, count - i)).x;
+      const Float v = transform.apply(load_first<D>(z + start + i, count - i)).x;
       top = max_or_second(v, top);
       std::memcpy(x + i, &v, sizeof v);
       for (int k = count; k < i + kWidth; ++k) x[k] = -kInf;  // a negative scale made them +inf
@@ -109,19 +83,11 @@ void row_stats(const LogitsRows& rows, const LogitsStats& out, int64_t row) {
     return;
   }
   const double log_s = std::log(s);
-  const float target = transform.apply(transform, load_first<D>(z + rows.target[row], 1)).x[0];
+  const float target = transform.apply(load_first<D>(z + rows.target[row], 1)).x[0];
   out.lse[row] = static_cast<float>(m + log_s);
   out.logprob[row] = static_cast<float>(static_cast<double>(target) - m - log_s);
   const double entropy = log_s - t / s;
   out.entropy[row] = static_cast<float>(entropy < 0 ? 0 : entropy);  // rounding of a certain row
-}
-
-// dx/dlogits of the target, where 1 - p must not cancel.
-inline float target_gradient(float x, float lse, float entropy, float c, float h, float g) {
-  if (!(x > -__builtin_inff()) || !(lse > -__builtin_inff())) return c;
-  const double q = static_cast<double>(x) - lse, p = std::exp(q);
-  const double bonus = h != 0 && p > 0 ? h * p * (q + entropy) : 0.0;
-  return static_cast<float>(-c * std::expm1(q) - bonus + g * p);
 }
 
 // One pass; dz may lie over z.
@@ -135,10 +101,10 @@ void row_grad(const LogitsRows& rows, const LogitsGrad& in, int64_t row) {
     std::memset(dz, 0, rows.vocab * sizeof *dz);
     return;
   }
-  const Transform<kCapped> transform(rows, row);
+  const auto transform = row_transform<kCapped>(rows, row);
   const float lse = in.lse[row], entropy = in.entropy[row];
   const int64_t target = rows.target[row];
-  const auto at_target = transform.apply(transform, load_first<D>(z + target, 1));
+  const auto at_target = transform.apply(load_first<D>(z + target, 1));
   const float target_dx = target_gradient(at_target.x[0], lse, entropy, c, h, g);
   const Float target_dz = splat(quiet_nan(target_dx * at_target.slope[0]));
 
@@ -149,7 +115,7 @@ void row_grad(const LogitsRows& rows, const LogitsGrad& in, int64_t row) {
     const float base = quiet_nan(g - c - (h != 0 ? h * entropy : 0.0f)), slant = quiet_nan(h);
     const float shift = quiet_nan(lse);
     const auto dz_of = [&](Float raw) __attribute__((always_inline)) {
-      const auto v = transform.apply(transform, raw);
+      const auto v = transform.apply(raw);
       const Exp p = exp_or_zero(v.x - shift);
       return p.value * (base - slant * p.argument) * v.slope;
     };

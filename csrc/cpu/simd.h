@@ -23,6 +23,7 @@
 #endif
 
 #define PYRL_INLINE static inline __attribute__((always_inline))
+#define PYRL_MEMBER inline __attribute__((always_inline))
 
 namespace {
 
@@ -31,6 +32,7 @@ typedef float Float __attribute__((vector_size(4 * PYRL_WIDTH)));
 typedef int32_t Int __attribute__((vector_size(4 * PYRL_WIDTH)));
 typedef uint32_t UInt __attribute__((vector_size(4 * PYRL_WIDTH)));
 typedef uint16_t Short __attribute__((vector_size(2 * PYRL_WIDTH)));
+typedef uint8_t Byte __attribute__((vector_size(PYRL_WIDTH)));
 
 PYRL_INLINE Float splat(float x) { return x - Float{}; }
 PYRL_INLINE UInt bits(Float x) { return reinterpret_cast<UInt>(x); }
@@ -93,6 +95,32 @@ PYRL_INLINE void store_low_halves(uint16_t* p, UInt v) {
 #endif
 }
 
+// Bytes, zero-extended.
+PYRL_INLINE UInt load_bytes(const uint8_t* p) {
+#if PYRL_AVX512
+  return reinterpret_cast<UInt>(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif PYRL_AVX2
+  return reinterpret_cast<UInt>(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Byte v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, UInt);
+#endif
+}
+
+// The low 8 bits of every lane, whose other bits are 0.
+PYRL_INLINE void store_low_bytes(uint8_t* p, UInt v) {
+#if PYRL_AVX512
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#else
+  const Byte b = __builtin_convertvector(v, Byte);
+  std::memcpy(p, &b, sizeof b);
+#endif
+}
+
 // ---- loads and stores of one vector, converting to and from the logits' dtype ----
 
 template <pyrl::DType>
@@ -107,17 +135,34 @@ struct Element<pyrl::DType::kF32> {
     return v;
   }
   PYRL_INLINE void store(type* p, Float v) { std::memcpy(p, &v, sizeof v); }
+  PYRL_INLINE Float rounded(Float v) { return v; }
 };
 
 template <>
 struct Element<pyrl::DType::kBF16> {
   typedef uint16_t type;
+#if PYRL_PAIRS
+  PYRL_INLINE Float rounded(Float v) {
+    return from_bits(reinterpret_cast<UInt>(_mm512_cvtepu16_epi32(
+                         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)))) << 16);
+  }
+#else
+  PYRL_INLINE Float rounded(Float v) {
+    const UInt b = bits(v);
+    return from_bits((b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000u);
+  }
+#endif
   PYRL_INLINE Float load(const type* p) { return from_bits(load_widened(p) << 16); }
   // Rounds to nearest even. A NaN must have no payload in its low 16 bits (see quiet_nan): there a
   // carry would turn it into another number.
   PYRL_INLINE void store(type* p, Float v) {
+#if PYRL_PAIRS
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
     const UInt b = bits(v);
     store_low_halves(p, (b + 0x7fff + ((b >> 16) & 1)) >> 16);
+#endif
   }
 };
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from pyrl.ops.backend import once_differentiable, select
-from pyrl.ops.head import Head, HeadGradients, Needs, fake_gradients
+from pyrl.ops.head import Head, Needs, fake_gradients
+from pyrl.ops.head_pass import HeadRows, Wanted, head_pass
 from pyrl.ops.linear_logprob import (
     check_head,
     check_targets,
+    chunk_bytes,
     chunk_rows,
     inv_temperature,
     kept_rows,
@@ -185,35 +187,30 @@ def _linear_policy_loss(
     params, scale, cap = loss_spec.params(), loss_spec.logit_scale, loss_spec.softcap or 0.0
     held = (target, inv_temperature, old, ref, rollout, advantage, token_weight)
     x, index = kept_rows(hidden, keep, *held, support_hashes(indptr, ids))
-    step = chunk_rows(x, vocab)
-    leaves = (hidden, weight, bias, lora_a, lora_b)
-    grads = HeadGradients(*leaves, Needs(*needs), chunks=-(-len(x) // step))
     head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
-    y, inv = target[index], inv_temperature[index]
     support = SupportRows(indptr, ids, index)
+    head_rows = HeadRows(x, index, target[index], inv_temperature[index], scale, cap, support)
+    wanted = Wanted((hidden, weight, bias, lora_a, lora_b), Needs(*needs))
+    chunks = head_pass(
+        kernels, head, head_rows, wanted, chunk_rows(x, vocab), chunk_bytes(x.device)
+    )
     fields = Fields(old, ref, rollout, advantage, token_weight, keep, bounds)
     fields_x = fields.rows(index)
     scale_up = gradient_scale(token_weight, x.dtype)
     fields_x = fields_x._replace(weight=fields_x.weight * scale_up)
     logprob, entropy = (torch.zeros(target.shape, device=x.device) for _ in range(2))
-    for i in range(0, len(x), step):
-        rows = slice(i, i + step)
-        where = rows if isinstance(index, slice) else index[rows]
-        z = head.logits(x[rows])
-        of_rows = support(rows)
-        stats = kernels.logits_stats(z, y[rows], inv[rows], scale, cap, **of_rows)
-        logprob[where], entropy[where] = stats[0], stats[1]
-        if any(grads.needs):
+    for rows in chunks.chunks():
+        where = head_rows.at(rows)
+        logp_x, ent_x, lse_x = chunks.stats(rows)
+        logprob[where], entropy[where] = logp_x, ent_x
+        if any(needs):
             part = fields_x.rows(rows)
-            _, c, h, _ = kernels.objective_terms(stats[0], stats[1], *part, params)
-            kernels.logits_grad_(
-                z, y[rows], inv[rows], scale, cap, stats[2], stats[1], c, h, None, **of_rows
-            )
-            grads.add(z, x[rows], head, where)
+            _, c, h, _ = kernels.objective_terms(logp_x, ent_x, *part, params)
+            chunks.add(rows, lse_x, ent_x, c, h, None)
     # The loss and its metrics in one reduction over all tokens, whatever the chunks were.
     logp, ent, fields = canonical_tokens(logprob, entropy, fields)
     loss, _, _, metrics = kernels.objective_terms(logp, ent, *fields, params)
-    return loss, logprob, entropy, metrics, scale_up, *grads.result(lora_scale)
+    return loss, logprob, entropy, metrics, scale_up, *chunks.result(lora_scale)
 
 
 def gradient_scale(token_weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -243,6 +240,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     # autograd copy dweight instead of taking it over.
     ctx.gradients = [v.detach() for v in output[5:]]
     ctx.scale = output[4].detach()
+    ctx.set_materialize_grads(False)  # else zeros for every output, as large as dweight
 
 
 def _backward(ctx, g, *_):
@@ -257,6 +255,8 @@ def _backward(ctx, g, *_):
         scaled = [(v.float() * factor).to(v.dtype) for v in ctx.gradients]
     elif torch.compiler.is_compiling():
         scaled = [v * factor for v in ctx.gradients]
+    elif factor.is_cpu and bool(factor == 1):
+        scaled = ctx.gradients  # looking is free here, a pass over dweight is not
     else:
         scaled = [v.mul_(factor) for v in ctx.gradients]  # a second dweight: twice the peak
     if not torch.compiler.is_compiling():

@@ -81,6 +81,62 @@ class Backend(Protocol):
         """
         ...
 
+    def has_head_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether `head_stats` and `head_grad_` take heads of this dtype; only the CPU's do."""
+        ...
+
+    def head_stats(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        dweight: Tensor | None,
+        near: int,
+        far: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`logits_stats` of z = x [n, D] @ weight.T + bias, rounded to the dtype of x.
+
+        z.T [V, n] is kept for `head_grad_`: rows 0 ... near - 1 in the first columns of dweight
+        [V, D] (near is n, or a multiple of 32), the others in far [V, n - near up to a multiple of
+        32]; with near 0 and far None it is not kept.
+        """
+        ...
+
+    def head_grad_(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        inv_temperature: Tensor,
+        logit_scale: float,
+        softcap: float,
+        dweight: Tensor | None,
+        near: int,
+        far: Tensor | None,
+        lse: Tensor,
+        entropy: Tensor,
+        c: Tensor,
+        h: Tensor,
+        g: Tensor | None,
+        dhidden: Tensor | None,
+        low: Tensor | None,
+        dbias: Tensor | None,
+        first: bool,
+        last: bool,
+    ) -> None:
+        """Gradients for dL/dlogprob = c, dL/dentropy = h, dL/dlse = g of what `head_stats` kept.
+
+        dhidden [n, D], of the dtype of x or fp32, is written; dbias fp32 [V] is added to; dweight
+        is written by the `first` chunk, which may have logits in it, and added to by the others. In
+        bf16, where `first` is not `last`, low uint8 [V, D] holds 8 more bits of its sums.
+        """
+        ...
+
     def objectives(self) -> int:
         """How many of `pyrl.ops.spec.OBJECTIVES`, from the first, have their formula here."""
         ...

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyrl.ops import deterministic, reference
 from pyrl.ops.backend import load, once_differentiable, select
-from pyrl.ops.head import Head, HeadGradients, Needs, fake_gradients
+from pyrl.ops.head import Head, Needs, fake_gradients
+from pyrl.ops.head_pass import HeadRows, Wanted, head_pass
 from pyrl.ops.lora import LoRA
 from pyrl.ops.shapes import check_shape, layout, on_cpu
 from pyrl.ops.sharded import check_whole
@@ -26,9 +27,9 @@ from pyrl.ops.support import (
     support_hashes,
 )
 
-#: Bytes of one chunk of logits. CPU: what stays near the last-level cache while the GEMMs over it
-#: are still long enough to run at full rate. GPU: what keeps the GEMMs saturated.
-CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
+#: Bytes of one chunk of logits. CPU: with what else is held beside the gradients, 64 MiB. GPU: what
+#: keeps the GEMMs saturated.
+CHUNK_BYTES = {"cpu": 54 << 20, "cuda": 1 << 30}
 
 
 #: Its reciprocal is far inside fp32; greedy sampling has no log-probs.
@@ -192,8 +193,12 @@ def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
     if deterministic.enabled():
         return deterministic.TILE
     size = 4 if hidden.device.type == "cuda" else hidden.element_size()
-    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
-    return max(1, budget // (size * max(vocabulary, 1)))
+    return max(1, chunk_bytes(hidden.device) // (size * max(vocabulary, 1)))
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """`CHUNK_BYTES` of a device."""
+    return CHUNK_BYTES[device.type if device.type in CHUNK_BYTES else "cpu"]
 
 
 def kept_rows(
@@ -234,16 +239,14 @@ def _linear_logprob(
     kernels = load(backend)
     outputs = [torch.zeros(target.shape, device=hidden.device) for _ in range(3)]
     x, index = kept_rows(hidden, keep)
-    y, inv = target[index], inv_temperature[index]
     support = SupportRows(indptr, ids, index)
     head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
+    y, inv = target[index], inv_temperature[index]
     packed = [torch.empty(y.shape, device=x.device) for _ in range(3)]
-    step = chunk_rows(x, vocab)
-    for i in range(0, len(y), step):
-        rows = slice(i, i + step)
-        z = head.logits(x[rows])
-        stats = kernels.logits_stats(z, y[rows], inv[rows], logit_scale, softcap, **support(rows))
-        for full, part in zip(packed, stats, strict=True):
+    head_rows = HeadRows(x, index, y, inv, logit_scale, softcap, support)
+    chunks = head_pass(kernels, head, head_rows, None, chunk_rows(x, vocab), chunk_bytes(x.device))
+    for rows in chunks.chunks():
+        for full, part in zip(packed, chunks.stats(rows), strict=True):
             full[rows] = part
     for full, part in zip(outputs, packed, strict=True):
         full[index] = part
@@ -288,21 +291,20 @@ def _linear_logprob_backward(
     # Rows without a gradient (clipped, zero advantage) take no part in the GEMMs.
     fields = (target, inv_temperature, c, h, g, support_hashes(indptr, ids))
     x, index = kept_rows(hidden, keep & ((c != 0) | (h != 0) | (g != 0)), *fields)
-    step = chunk_rows(x, vocab)
-    leaves = (hidden, weight, bias, lora_a, lora_b)
-    grads = HeadGradients(*leaves, Needs(*needs), chunks=-(-len(x) // step), partial=partial)
     support = SupportRows(indptr, ids, index)
-    rows_of = [v[index] for v in (target, inv_temperature, lse, entropy, c, h, g)]
+    y, inv, *given = (
+        v[index].contiguous() for v in (target, inv_temperature, lse, entropy, c, h, g)
+    )
     head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
-    for i in range(0, len(x), step):
-        rows = slice(i, i + step)
-        y, inv, lse_i, entropy_i, c_i, h_i, g_i = (v[rows].contiguous() for v in rows_of)
-        z = head.logits(x[rows])
-        kernels.logits_grad_(
-            z, y, inv, logit_scale, softcap, lse_i, entropy_i, c_i, h_i, g_i, **support(rows)
-        )
-        grads.add(z, x[rows], head, rows if isinstance(index, slice) else index[rows])
-    return grads.result(lora_scale)
+    head_rows = HeadRows(x, index, y, inv, logit_scale, softcap, support)
+    wanted = Wanted((hidden, weight, bias, lora_a, lora_b), Needs(*needs), partial)
+    chunks = head_pass(
+        kernels, head, head_rows, wanted, chunk_rows(x, vocab), chunk_bytes(x.device)
+    )
+    for rows in chunks.chunks():
+        chunks.logits(rows)
+        chunks.add(rows, *(v[rows] for v in given))
+    return chunks.result(lora_scale)
 
 
 @_linear_logprob_backward.register_fake

@@ -240,6 +240,11 @@ class SupportRows:
         if indptr is not None:
             self._spans = torch.stack([indptr[:-1], indptr[1:]], dim=1)[index]
 
+    @property
+    def given(self) -> bool:
+        """Whether there is a support."""
+        return self._spans is not None
+
     def __call__(self, rows: slice) -> dict[str, Tensor]:
         """Keyword arguments for the chunk `rows`; none without a support."""
         if self._spans is None or self._ids is None:

@@ -249,11 +249,11 @@ def test_opcheck_and_fullgraph(backend):
 
 
 def test_no_tensor_has_tokens_by_vocabulary():
-    t, v = 64, 300_000
+    t, v, rows = 256, 100_000, 32
     hidden = torch.randn(t, 4, device=DEVICE, requires_grad=True)
     weight = torch.randn(v, 4, device=DEVICE, requires_grad=True)
     target = torch.randint(0, v, (t,), device=DEVICE)
-    limit = dict.fromkeys(("cpu", "cuda"), 4 * v * 4)
+    limit = dict.fromkeys(("cpu", "cuda"), rows * v * 4)
     # The profiler sees the operands of every operator, those inside the registered ops too.
     profile = torch.profiler.profile(record_shapes=True)
     with pytest.MonkeyPatch.context() as patch, profile:
@@ -265,8 +265,9 @@ def test_no_tensor_has_tokens_by_vocabulary():
             )
             out.loss.backward()
     shapes = [shape for event in profile.events() for shape in event.input_shapes if shape]
-    assert max(math.prod(shape) for shape in shapes) == 4 * v  # a chunk of logits, or the weight
-    assert any(shape == [4, v] for shape in shapes)  # that chunk: 4 rows of logits were seen
+    # A chunk of logits, of which some backends speak in bytes.
+    assert max(math.prod(shape) for shape in shapes) <= 4 * rows * v < t * v
+    assert any(shape == [rows, v] for shape in shapes)
 
 
 def test_bad_input_names_itself():

@@ -1,4 +1,4 @@
-"""The kernels for lesser CPUs give the same answers: test_logits_rows.py again, one set a run."""
+"""The kernels for lesser CPUs give the same answers: their tests again, one set a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ if _native.native_reason() is not None:
     pytest.skip(_native.native_reason(), allow_module_level=True)
 
 
-@pytest.mark.parametrize("name", ("portable", "avx2"))
-def test_instruction_set(name):
+@pytest.mark.parametrize(
+    ("name", "tests"),
+    [
+        ("portable", "test_logits_rows.py"),
+        ("avx2", "test_logits_rows.py"),
+        ("avx2", "test_head.py"),
+    ],
+)
+def test_instruction_set(name, tests):
     if name == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this CPU has no AVX2")
-    file = Path(__file__).with_name("test_logits_rows.py")
+    file = Path(__file__).with_name(tests)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
         env={**os.environ, "PYRL_CPU_ISA": name},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from pyrl import _native
 def unavailable_reason() -> str | None:
     """None if usable here, else why not."""
     return _native.native_reason()
+
+
+@functools.cache
+def has_head_kernels(dtype: torch.dtype) -> bool:
+    """See `Backend.has_head_kernels`; bf16 needs AVX512-BF16, f32 AVX2."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return torch.ops.pyrl_native.head_supported(dtype == torch.bfloat16)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,11 @@ def unavailable_reason() -> str | None:
     return reason
 
 
+def has_head_kernels(dtype: torch.dtype) -> bool:
+    """See `Backend.has_head_kernels`."""
+    return False
+
+
 def __getattr__(name: str) -> Any:
     # The registered ops carry the backend's own names; they exist once the library is loaded.
     if name.startswith("__"):

@@ -17,6 +17,11 @@ def unavailable_reason() -> str | None:
     return None
 
 
+def has_head_kernels(dtype: torch.dtype) -> bool:
+    """See `Backend.has_head_kernels`."""
+    return False
+
+
 def _scaled(
     z: Tensor, inv_temperature: Tensor, logit_scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:

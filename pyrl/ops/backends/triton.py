@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from pyrl.kernels import unavailable_reason
 
 __all__ = [
     "gae_terms",
     "group_advantage_terms",
+    "has_head_kernels",
     "logits_grad_",
     "logits_stats",
     "objective_terms",
     "objectives",
     "unavailable_reason",
 ]
+
+
+def has_head_kernels(dtype: torch.dtype) -> bool:
+    """See `Backend.has_head_kernels`."""
+    return False
 
 
 # Imported on first call: triton itself is optional, and reads TRITON_INTERPRET when it is imported.
