@@ -243,7 +243,7 @@ class GVM:
         they do not suffice for all, those that it would give the most are kept."""
         counts = allocate_budget(rates, norms, total, **options).tolist()
         weighted = [i for i, norm in enumerate(norms) if norm > 0]
-        if self.minimum == 1 or not weighted:
+        if self.minimum == 1 or all(counts[i] >= self.minimum for i in weighted):
             return counts
         kept = sorted(weighted, key=lambda i: (-counts[i], i))[: max(1, total // self.minimum)]
         second = options.pop("second_moment", None)

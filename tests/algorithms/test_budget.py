@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyrl.algorithms import GVM, Draw, Online, PilotResult, Uniform, accepted_weights
@@ -315,6 +315,7 @@ def test_a_pilot_of_another_length_is_refused():
 
 
 @settings(deadline=None, max_examples=60)
+@example([(2, 5.0), (6, 5.0), (7, 2.75)], 3, 6)  # a quota below the minimum that is rounded to it
 @given(
     st.lists(st.tuples(st.integers(0, 8), st.floats(0.1, 9)), min_size=1, max_size=12),
     st.integers(2, 4),
