@@ -19,7 +19,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from . import cases, supervisor
+from . import cases, kernel, supervisor
 
 LINK = 0  # the socket that requests come by; its end is the order to stop
 _MESSAGE_BYTES = 64
@@ -44,6 +44,7 @@ def serve() -> Callable[[], Any]:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, _note)
+    launcher = os.getpid()
     running: dict[int, tuple[str, int]] = {}  # process → number, errors
     poll = select.poll()
     for descriptor in (LINK, woken):
@@ -67,7 +68,7 @@ def serve() -> Callable[[], Any]:
             pid = _fork(taken)
             if pid == 0:
                 link.detach()
-                return functools.partial(_become, mode, taken)
+                return functools.partial(_become, mode, taken, launcher)
             if pid is not None:
                 running[pid] = (number, taken.pop())
         for descriptor in taken:
@@ -105,8 +106,11 @@ def _say(errors: int, line: str) -> None:
         os.write(errors, line.encode() + b"\n")
 
 
-def _become(mode: str, taken: list[int]) -> Callable[[], None]:
-    """Turns this process into a supervisor."""
+def _become(mode: str, taken: list[int], launcher: int) -> Callable[[], None]:
+    """Turns this process into a supervisor, which ends with its launcher."""
+    kernel.die_with_parent()
+    if os.getppid() != launcher:  # it has ended already
+        os._exit(1)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()  # its signals to its group are not for others

@@ -29,12 +29,17 @@ def main(mode: str) -> Callable[[], None]:
     mode: "namespaces" makes its own; "inside" finds itself in a sandbox with a process namespace
     and a root of its own; "rlimits" has neither.
     """
+    parent = os.getppid()
     kernel.die_with_parent()
     _die_first()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # no process of the same user may trace ours
     request: dict[str, Any] = json.loads(_read(struct.unpack("<Q", _read(8))[0]))
     try:
         plan = _prepare(mode, request)
+        kernel.die_with_parent()  # entering namespaces has cleared it
+        if os.getppid() != parent:
+            os._exit(1)
+        alive, held = os.pipe()  # the second end is this process's alone: it closes with it
         zygote = os.fork()
     except OSError as error:
         os.write(RESULTS, json.dumps({"error": str(error)}).encode() + b"\n")
@@ -44,6 +49,10 @@ def main(mode: str) -> Callable[[], None]:
         _watch(zygote, plan.alone)
         os._exit(0)
     kernel.die_with_parent()
+    os.close(held)
+    if select.select([alive], [], [], 0)[0]:  # it had ended before that was said
+        os._exit(1)
+    os.close(alive)
     results = os.dup(RESULTS)
     os.close(CONTROL)
     os.close(RESULTS)
