@@ -156,6 +156,15 @@ def test_a_launcher_that_cannot_start_says_why(monkeypatch):
         printed("", mode="rlimits")
 
 
+def test_a_launcher_that_closes_its_streams_before_its_end_says_why():
+    code = "import os, time; os.closerange(0, 2); os.write(2, b'why'); time.sleep(0.2)"
+    launcher = start._Launcher([sys.executable, "-c", code])
+    try:
+        assert launcher.last_words() == "its launcher ended: why"
+    finally:
+        launcher.close()
+
+
 def test_a_forked_process_has_its_own():
     theirs = launcher()
     child = os.fork()
@@ -189,7 +198,9 @@ def test_a_supervisor_that_does_not_end_is_killed():
     supervisor = start.by_command([sys.executable, "-c", "import time; time.sleep(60)"])
     assert supervisor.end(0.05) == "killed: it did not end within 0.05 s\n"
     quiet = "import os, time; os.close(2); time.sleep(60)"
-    assert start.by_command([sys.executable, "-c", quiet]).end(0.5) == "exit code -9"
+    supervisor = start.by_command([sys.executable, "-c", quiet])
+    assert supervisor.end(0.5) == ""
+    assert supervisor.why() == "exit code -9"
     supervisor = start.by_command([sys.executable, "-c", "import sys; sys.exit('why')"])
     assert supervisor.end(30) == "why\n"
     before = len(os.listdir("/proc/self/fd"))

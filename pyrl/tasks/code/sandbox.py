@@ -215,11 +215,11 @@ def _run(
         raise _Unavailable(f"{mode}: {first['error']}")
     outcomes = lines[1:]
     if "ready" not in first or len(outcomes) != len(calls):
-        last = errors.strip().splitlines()[-1:] or ["it said nothing"]
+        said = errors.strip() or supervisor.why() or "it said nothing"
         where = f"after {len(outcomes)} of {len(calls)} calls"
         where = where if "ready" in first else "at its start"
         kind = SandboxError if "ready" in first or mode != "bubblewrap" else _Unavailable
-        raise kind(f"{mode}: the sandbox ended {where}: {last[0][:300]}")
+        raise kind(f"{mode}: the sandbox ended {where}: {said.splitlines()[-1][:300]}")
     for i, outcome in enumerate(outcomes):
         if outcome["status"] == "failed":
             raise SandboxError(f"{mode}: call {i} could not be limited: {outcome['error']}")

@@ -24,12 +24,18 @@ class Supervisor:
     """One that runs. `control` is its input and `results` its output, for the caller to use."""
 
     def __init__(
-        self, streams: Streams, kill: Callable[[], None], reap: Callable[[float], str]
+        self,
+        streams: Streams,
+        kill: Callable[[], None],
+        reap: Callable[[float], None],
+        why: Callable[[], str],
     ) -> None:
         """streams: control, results, errors. kill(): ends it. reap(seconds): waits for its end no
-        longer than that; what else is known of it."""
+        longer than that. why(): what else is known of its end, for one that left no words; it may
+        wait a second for that."""
         self.control, self.results, self._errors = streams
         self._kill, self._reap = kill, reap
+        self.why = why
 
     def end(self, seconds: float) -> str:
         """Closes its input, which stops it and leaves nothing of it; its own last words.
@@ -44,8 +50,8 @@ class Supervisor:
                 self._kill()
                 errors += f"killed: it did not end within {seconds:g} s\n".encode()
                 errors += read(self._errors, time.monotonic() + seconds)[0]
-            known = self._reap(seconds)
-        return errors.decode(errors="replace") or known
+            self._reap(seconds)
+        return errors.decode(errors="replace")
 
 
 def read(stream: io.FileIO, end: float) -> tuple[bytes, bool]:
@@ -66,15 +72,14 @@ def by_command(words: Sequence[str]) -> Supervisor:
     with _pipes() as (ours, theirs):
         process = _run(words, *(stream.fileno() for stream in theirs))
 
-    def reap(seconds: float) -> str:
+    def reap(seconds: float) -> None:
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:  # it has closed its errors and lives on
             process.kill()
             process.wait()
-        return f"exit code {process.returncode}"
 
-    return Supervisor(ours, process.kill, reap)
+    return Supervisor(ours, process.kill, reap, lambda: f"exit code {process.returncode}")
 
 
 def by_fork(mode: str, words: Sequence[str]) -> Supervisor:
@@ -150,13 +155,14 @@ class _Launcher:
         except OSError:
             self._end()
 
-    def wait(self, seconds: float) -> str:
-        """What `Supervisor` reaps by: the process itself has reaped it."""
-        return self.last_words()
+    def reap(self, seconds: float) -> None:
+        """What `Supervisor` reaps by: the process itself does it."""
 
     def last_words(self) -> str:
-        """Why it has ended; "" while it lives."""
-        if self.process.poll() is None:
+        """Why it has ended; "" where it lives a second on: its streams close before its end."""
+        try:
+            self.process.wait(1)
+        except subprocess.TimeoutExpired:
             return ""
         said, _ = read(self._errors, time.monotonic() + 1)
         lines = said.decode(errors="replace").strip().splitlines()
@@ -204,7 +210,8 @@ class _Shared:
                         if fresh:
                             raise OSError(launcher.last_words()) from None
                         continue
-                return Supervisor(ours, functools.partial(launcher.kill, number), launcher.wait)
+                kill = functools.partial(launcher.kill, number)
+                return Supervisor(ours, kill, launcher.reap, launcher.last_words)
         raise AssertionError("the second launcher is a fresh one")
 
     def _current(self, words: Sequence[str]) -> _Launcher:
