@@ -80,8 +80,12 @@ def sparkline(values: list[float]) -> str:
 
 def evaluation_text(result: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> str:
     """`0.312 [0.251, 0.374] on 64 prompts, 256 samples`, with what `result` has of it; after it
-    what `details` say of the greatest k: `, pass@4 0.580, maj@4 0.400`, and the domains' means."""
-    text = number(result.get("mean"))
+    what `details` say of the greatest k: `, pass@4 0.580, maj@4 0.400`, and the domains' means.
+    `no sample has a reward` where every one was lost."""
+    mean = result.get("mean")
+    if mean is not None and math.isnan(mean):
+        return f"no sample has a reward: {number(result.get('nan_rewards'))} lost"
+    text = number(mean)
     if result.get("low") is not None and result.get("high") is not None:
         text += f" [{number(result['low'])}, {number(result['high'])}]"
     counts = [f"{result[k]:,} {k}" for k in ("prompts", "samples") if result.get(k) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from typing import Any
 
@@ -162,11 +163,14 @@ def test_missing_metrics_are_dashes_not_errors() -> None:
         console.step({"step": 1})
         console.step({"step": 2, "reward_mean": None, "loss": None, "seconds": None})
         console.evaluation("before", {"mean": None, "prompts": 0, "samples": 0})
+        lost = {"mean": math.nan, "low": math.nan, "high": math.nan, "prompts": 0, "samples": 0}
+        console.evaluation("after", {**lost, "nan_rewards": 8})
         console.finish({})
     assert raw.getvalue().decode().splitlines() == [
         "step 1/5  reward -  -  eta -",
         "step 2/5  reward -  -  eta -",
         "held-out before  - on 0 prompts, 0 samples",
+        "held-out after  no sample has a reward: 8 lost",
     ]
     console = Console(5, rich_console=terminal())
     console.step({"step": 1})
