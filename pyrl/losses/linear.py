@@ -198,7 +198,9 @@ def _linear_policy_loss(
     fields_x = fields.rows(index)
     scale_up = gradient_scale(token_weight, x.dtype)
     fields_x = fields_x._replace(weight=fields_x.weight * scale_up)
-    logprob, entropy = (torch.zeros(target.shape, device=x.device) for _ in range(2))
+    logprob, entropy = (
+        torch.zeros(target.shape, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     for rows in chunks.chunks():
         where = head_rows.at(rows)
         logp_x, ent_x, lse_x = chunks.stats(rows)
@@ -244,6 +246,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx, g, *_):
+    if g is None:  # downstream wants no gradient of the loss
+        return (None,) * 21
     once_differentiable("linear_policy_loss")
     if ctx.gradients is None:
         raise RuntimeError(

@@ -173,7 +173,9 @@ def inv_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(
                 f"temperature={temperature!r}: expected a finite number >= {MIN_TEMPERATURE}"
             )
-        return torch.full((like.numel(),), 1.0 / temperature, device=like.device)
+        return torch.full(
+            (like.numel(),), 1.0 / temperature, dtype=torch.float32, device=like.device
+        )
     if temperature.dim() == 0:
         temperature = temperature.expand(like.shape)
     check_shape("temperature", temperature, like.shape, like.device)
@@ -237,12 +239,14 @@ def _linear_logprob(
     check_targets(target, keep, vocab)
     check_support(indptr, ids, target, keep, vocab)
     kernels = load(backend)
-    outputs = [torch.zeros(target.shape, device=hidden.device) for _ in range(3)]
+    outputs = [
+        torch.zeros(target.shape, dtype=torch.float32, device=hidden.device) for _ in range(3)
+    ]
     x, index = kept_rows(hidden, keep)
     support = SupportRows(indptr, ids, index)
     head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
     y, inv = target[index], inv_temperature[index]
-    packed = [torch.empty(y.shape, device=x.device) for _ in range(3)]
+    packed = [torch.empty(y.shape, dtype=torch.float32, device=x.device) for _ in range(3)]
     head_rows = HeadRows(x, index, y, inv, logit_scale, softcap, support)
     chunks = head_pass(kernels, head, head_rows, None, chunk_rows(x, vocab), chunk_bytes(x.device))
     for rows in chunks.chunks():
