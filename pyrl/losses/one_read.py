@@ -73,13 +73,18 @@ def _form_(
     assert found is not None
     z, rows = found
     params, scale_up = loss_spec.params(), gradient_scale(tokens.weight, dlogits.dtype)
-    scaled = tokens._replace(weight=tokens.weight * scale_up)
     logprob, entropy, _ = kernels.logits_policy_grad_(
         z if logits is None else dlogits.view(-1, dlogits.shape[-1]),
-        *scaled[:2],
+        tokens.target,
+        tokens.inv_temperature,
         loss_spec.logit_scale,
         loss_spec.softcap or 0.0,
-        *scaled[2:],
+        tokens.old,
+        tokens.ref,
+        tokens.rollout,
+        tokens.advantage,
+        tokens.weight * scale_up,
+        tokens.keep,
         params,
         rows=rows,
         source=None if logits is None else z,

@@ -326,9 +326,9 @@ def _backward(ctx, c, h, g):
     once_differentiable("linear_logprob")
     used = ctx.needs_input_grad
     needs = [used[0], used[1], used[3], used[4], used[5]]
-    lse = ctx.saved_tensors[-1]
-    c, h, g = (torch.zeros_like(lse) if v is None else v.contiguous() for v in (c, h, g))
-    grads = _linear_logprob_backward(*ctx.saved_tensors, c, h, g, *ctx.rest, needs, False)
+    saved = ctx.saved_tensors  # once: a checkpoint gives them out once
+    c, h, g = (torch.zeros_like(saved[-1]) if v is None else v.contiguous() for v in (c, h, g))
+    grads = _linear_logprob_backward(*saved, c, h, g, *ctx.rest, needs, False)
     dx, dw, db, da, dlb = (v if wanted else None for v, wanted in zip(grads, needs, strict=True))
     return dx, dw, None, db, da, dlb, *([None] * 9)
 

@@ -1,8 +1,10 @@
-"""What callers have set or masked with must not show: torch's default dtype, negative logit scales,
-vocabularies masked by a large negative number. Every backend, both policy losses."""
+"""What callers have set or masked with must not show: torch's default dtype, activation
+checkpoints, negative logit scales, vocabularies masked by a large negative number. Every backend,
+both losses."""
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import pyrl
 from pyrl import LossSpec
@@ -60,6 +62,28 @@ def test_the_default_dtype_does_not_show(backend, spec, dtype):
         torch.set_default_dtype(torch.float32)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("spec", [FREE, COUPLED], ids=["free", "coupled"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inside_a_checkpoint(backend, spec, inplace):
+    hidden, weight, _, target, advantages, fields = tensors(53)
+    once = reads_once(backend) and not spec.couples_tokens
+
+    def both(hidden, weight):
+        args = (target, advantages, spec)
+        head = pyrl.linear_policy_loss(hidden, weight, *args, backend=backend, **fields)
+        given = pyrl.logits_policy_loss(
+            hidden @ weight.T, *args, backend=backend, inplace_backward=inplace,
+            gradient_in_forward=once, **fields,
+        )  # fmt: skip
+        return head.loss + 2 * given.loss
+
+    plain, kept = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    both(*plain).backward()
+    torch.utils.checkpoint.checkpoint(both, *kept, use_reentrant=False).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, kept, strict=True))
 
 
 def agree(backend, spec, **options):
