@@ -19,6 +19,9 @@ constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2E = 1.44269504088896340736;
 // 2^d is 0 from here down; a finite stand-in for d keeps 0 * d at 0.
 constexpr float kFloor = -150.0f;
+// Logits that models mask by (-1e10, -3e38) are no maximum: fma(z, factor, -y) would be off by more
+// than an exponent holds. A row of nothing else is one of -inf.
+constexpr float kLeast = -2147483648.0f;
 
 PYRL_TEAM float pow2(float d) {  // 0 below 2^-126
 #ifdef __CUDA_ARCH__
@@ -61,9 +64,9 @@ struct Sums {
   float m = -INFINITY, s = 0.0f, t = 0.0f;
 
   PYRL_TEAM void raise(float top) {
-    if (!(top > m)) return;
+    if (!(top > fmaxf(m, kLeast))) return;
     if (m > -INFINITY) {
-      const float down = m - top, factor = pow2(down);
+      const float down = fmaxf(m - top, kFloor), factor = pow2(down);
       t = factor * (t + s * down);
       s *= factor;
     }

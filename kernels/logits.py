@@ -17,6 +17,8 @@ from .checks import require
 from .tuning import grad_tile, stats_tile
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+#: e^x is 0 in fp32 from here down; a stand-in for such x, since 0 times one near -3e38 may be nan.
+_FLOOR = tl.constexpr(-104.0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,17 +111,18 @@ def _logits_stats_kernel(
         x = tl.where(columns < V, x, -float("inf"))
         new_m = tl.maximum(m, tl.max(x, axis=0))
         shift = finite(new_m)
-        drift = finite(m) - shift
+        drift = tl.maximum(finite(m) - shift, _FLOOR)
         decay = tl.exp(m - shift)
-        centred = tl.where(x == -float("inf"), 0.0, x - shift[None, :])
-        weight = tl.where(x == -float("inf"), 0.0, tl.exp(centred))
+        centred = x - shift[None, :]
+        weight = tl.exp(centred)
+        centred = tl.maximum(centred, _FLOOR)
         W = decay * (W + drift * S) + tl.sum(weight * centred, axis=0)
         S = decay * S + tl.sum(weight, axis=0)
         m = new_m
 
     top = tl.max(m, axis=0)
     shift = finite(top)
-    drift = finite(m) - shift
+    drift = tl.maximum(finite(m) - shift, _FLOOR)
     decay = tl.exp(m - shift)
     W = tl.sum(decay * (W + drift * S), axis=0)
     S = tl.sum(decay * S, axis=0)
@@ -152,7 +155,7 @@ def logits_stats(
     target outside [0, V) has logprob nan. ValueError for another dtype, shape or stride.
     """
     n, V = check_rows(z, rows, target, inv_temperature=inv_temperature)
-    logprob, entropy, lse = (torch.empty(n, device=z.device) for _ in range(3))
+    logprob, entropy, lse = (torch.empty(n, dtype=torch.float32, device=z.device) for _ in range(3))
     if n == 0:
         return logprob, entropy, lse
     tile = stats_tile(V, z.element_size())
@@ -229,6 +232,7 @@ def _logits_grad_kernel(
     dead = x == -float("inf")
     logp = tl.where(dead, 0.0, x - lse)
     p = tl.where(dead, 0.0, tl.exp(logp))
+    logp = tl.maximum(logp, _FLOOR)
     dx = p * (through_lse - h * (logp + entropy)) + tl.where(columns == target, c, 0.0)
     dz = tl.where(live, dx * slope, 0.0)
     dz_row = dz_ptr + row_offset(dz_rows_ptr, row, dz_stride, HAS_DZ_ROWS)

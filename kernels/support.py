@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import require
-from .logits import check_rows, finite, narrow, row_offset, softmax_input
+from .logits import _FLOOR, check_rows, finite, narrow, row_offset, softmax_input
 from .tuning import SUPPORT, SUPPORT_ZEROS
 
 
@@ -57,17 +57,18 @@ def _support_stats_kernel(
         member = tl.where((at < end) & (token == target), 1, member)
         new_m = tl.maximum(m, x)
         shift = finite(new_m)
-        drift = finite(m) - shift
+        drift = tl.maximum(finite(m) - shift, _FLOOR)
         decay = tl.exp(m - shift)
-        centred = tl.where(x == -float("inf"), 0.0, x - shift)
-        weight = tl.where(x == -float("inf"), 0.0, tl.exp(centred))
+        centred = x - shift
+        weight = tl.exp(centred)
+        centred = tl.maximum(centred, _FLOOR)
         W = decay * (W + drift * S) + weight * centred
         S = decay * S + weight
         m = new_m
 
     top = tl.max(m, axis=0)
     shift = finite(top)
-    drift = finite(m) - shift
+    drift = tl.maximum(finite(m) - shift, _FLOOR)
     decay = tl.exp(m - shift)
     W = tl.sum(decay * (W + drift * S), axis=0)
     S = tl.sum(decay * S, axis=0)
@@ -100,7 +101,7 @@ def support_stats(
     """
     n, V = check_rows(z, rows, target, inv_temperature=inv_temperature)
     _check_spans(n, spans, ids)
-    logprob, entropy, lse = (torch.empty(n, device=z.device) for _ in range(3))
+    logprob, entropy, lse = (torch.empty(n, dtype=torch.float32, device=z.device) for _ in range(3))
     if n == 0:
         return logprob, entropy, lse
     with torch.cuda.device_of(z):
@@ -239,7 +240,7 @@ def support_grad_(
             z_rows,
             spans,
             ids,
-            torch.empty(ids.shape, device=z.device),
+            torch.empty(ids.shape, dtype=torch.float32, device=z.device),
             target,
             inv_temperature,
             lse,

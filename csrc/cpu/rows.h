@@ -42,10 +42,10 @@ void row_stats(const LogitsRows& rows, const LogitsStats& out, int64_t row) {
       std::memcpy(x + i, &v, sizeof v);
     }
     if (i < count) {
-      const Float v = transform.apply(load_first<D>(z + start + i, count - i)).x;
+      Float v = transform.apply(load_first<D>(z + start + i, count - i)).x;
+      for (int k = count - i; k < kWidth; ++k) v[k] = -kInf;  // a negative scale made them +inf
       top = max_or_second(v, top);
       std::memcpy(x + i, &v, sizeof v);
-      for (int k = count; k < i + kWidth; ++k) x[k] = -kInf;  // a negative scale made them +inf
       i += kWidth;
     }
     const int used = (i + kUnroll * kWidth - 1) / (kUnroll * kWidth) * (kUnroll * kWidth);

@@ -183,6 +183,10 @@ int launch(const LogitsPolicy& b, const ObjectiveParams& p, int64_t n, one_read:
   const auto kernel = policy_kernel<T, kCapped>;
   const auto shared = static_cast<int>(one_read::shared_bytes(of.ctas, of.slots));
   int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) {  // or L1 may be left so much that one CTA fits where two should
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess && of.ctas > one_read::kPortableCtas) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }

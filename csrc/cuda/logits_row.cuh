@@ -102,7 +102,7 @@ struct Online {
     if (!(top > m)) return;
     if (m > -INFINITY) {
       const Sum down = static_cast<Sum>(m) - top, factor = exp(down);
-      t = factor * (t + s * down);
+      t = factor == 0 ? 0 : factor * (t + s * down);  // s * -3e38, of finite masks, is -inf
       s = factor * s;
     }
     m = top;

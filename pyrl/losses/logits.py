@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrl.losses.one_read import one_read_loss
-from pyrl.ops.backend import reads_once, select
+from pyrl.ops.backend import select
 from pyrl.ops.linear_logprob import inv_temperature, token_ids
 from pyrl.ops.logits_logprob import check_logits, logits_logprob
 from pyrl.ops.policy_objective import PolicyLoss, collect, named_metrics, policy_objective
@@ -52,20 +52,23 @@ def logits_policy_loss(
     backward only multiplies by its incoming gradient, which costs nothing where that is 1, as in
     loss.backward(). The gradient lives from the forward on, in a new tensor or with
     `inplace_backward=True` in the memory of the logits, which must then not be read after this
-    call; backward runs once. This needs a spec that does not couple tokens, no `support`, and a
-    backend that reads once (cpu; cuda, by a thread-block cluster on Hopper and later, and on other
-    GPUs, or for rows that a cluster cannot hold, by cuda's own kernels that read twice). Elsewhere,
-    or where no gradient is wanted, the two functions are composed as without it.
+    call; backward runs once. The backends that do it are cpu and cuda, the default on a GPU then
+    (by a thread-block cluster on Hopper and later; on other GPUs, and for rows that a cluster
+    cannot hold, by kernels that read twice, in the forward all the same). Where no gradient is
+    wanted, nothing is formed or overwritten.
 
     Returns loss, metrics, and the detached logprob and entropy shaped like target.
-    ValueError and NotImplementedError as in the two functions it composes.
+    ValueError and NotImplementedError as in the two functions it composes; NotImplementedError for
+    `gradient_in_forward` with another backend, a `support`, or a spec that couples tokens.
     """
     if not isinstance(spec, LossSpec):
         raise ValueError(f"spec: expected a LossSpec, got {type(spec).__name__}")
-    name = select(backend, logits.device)
+    name = select(backend, logits.device, one_read=gradient_in_forward)
+    if gradient_in_forward and (spec.couples_tokens or support is not None):
+        why = "a support" if support is not None else f"a spec that couples tokens ({spec})"
+        raise NotImplementedError(f"gradient_in_forward=True cannot be had with {why}")
     temperature = spec.temperature if temperature is None else temperature
-    wanted = gradient_in_forward and torch.is_grad_enabled() and logits.requires_grad
-    if wanted and support is None and not spec.couples_tokens and reads_once(name):
+    if gradient_in_forward and torch.is_grad_enabled() and logits.requires_grad:
         where = layout(target, mask, cu_seqlens)
         check_logits(logits, target, name, inplace=inplace_backward)
         fields = collect(

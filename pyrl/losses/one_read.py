@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,19 @@ from pyrl.ops.linear_logprob import check_targets
 from pyrl.ops.logits_logprob import matrix
 from pyrl.ops.policy_objective import Fields, canonical_tokens, closed_form
 from pyrl.ops.spec import METRICS, LossSpec
+
+
+class Tokens(NamedTuple):
+    """What is known of every row beside its logits, [T]: `Fields` without bounds, and"""
+
+    target: Tensor
+    inv_temperature: Tensor
+    old: Tensor | None
+    ref: Tensor | None
+    rollout: Tensor | None
+    advantage: Tensor
+    weight: Tensor
+    keep: Tensor
 
 
 def one_read_loss(
@@ -31,7 +44,7 @@ def one_read_loss(
     a new tensor all the same), and handed over by the first backward; a second raises RuntimeError.
     """
     assert fields.bounds is None
-    arguments = (logits, target, inv_temperature, *fields[:6], spec.to_json(), backend)
+    arguments = (logits, *Tokens(target, inv_temperature, *fields[:6]), spec.to_json(), backend)
     if inplace and not torch.compiler.is_compiling():
         return cast("tuple[Tensor, Tensor, Tensor, Tensor]", _Overwrite.apply(*arguments))
     loss, logprob, entropy, metrics, *_ = _one_read(*arguments)
@@ -46,22 +59,11 @@ def _rows(logits: Tensor) -> tuple[Tensor, Tensor | None] | None:
 
 
 def _form_(
-    dlogits: Tensor,
-    logits: Tensor | None,
-    target: Tensor,
-    inv_temperature: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    advantage: Tensor,
-    token_weight: Tensor,
-    keep: Tensor,
-    spec: str,
-    backend: str,
+    dlogits: Tensor, logits: Tensor | None, tokens: Tokens, spec: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dlogits <- s dloss/dlogits, of the logits that dlogits itself holds if none are given; loss,
     logprob, entropy, metrics, s."""
-    check_targets(target, keep, dlogits.shape[-1])
+    check_targets(tokens.target, tokens.keep, dlogits.shape[-1])
     loss_spec = LossSpec.from_json(spec)
     kernels = cast(OneReadBackend, closed_form(backend, loss_spec))
     found = _rows(dlogits if logits is None else logits)
@@ -70,26 +72,25 @@ def _form_(
         found = _rows(logits.contiguous())
     assert found is not None
     z, rows = found
-    params, scale_up = loss_spec.params(), gradient_scale(token_weight, dlogits.dtype)
+    params, scale_up = loss_spec.params(), gradient_scale(tokens.weight, dlogits.dtype)
     logprob, entropy, _ = kernels.logits_policy_grad_(
         z if logits is None else dlogits.view(-1, dlogits.shape[-1]),
-        target,
-        inv_temperature,
+        tokens.target,
+        tokens.inv_temperature,
         loss_spec.logit_scale,
         loss_spec.softcap or 0.0,
-        old,
-        ref,
-        rollout,
-        advantage,
-        token_weight * scale_up,
-        keep,
+        tokens.old,
+        tokens.ref,
+        tokens.rollout,
+        tokens.advantage,
+        tokens.weight * scale_up,
+        tokens.keep,
         params,
         rows=rows,
         source=None if logits is None else z,
     )
     # The loss and its metrics in one reduction over all tokens.
-    fields = Fields(old, ref, rollout, advantage, token_weight, keep, None)
-    logp, ent, fields = canonical_tokens(logprob, entropy, fields)
+    logp, ent, fields = canonical_tokens(logprob, entropy, Fields(*tokens[2:], None))
     loss, _, _, metrics = kernels.objective_terms(logp, ent, *fields, params)
     return loss, logprob, entropy, metrics, scale_up
 
@@ -112,16 +113,21 @@ class _Overwrite(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, *rest):
+        *tokens, spec, ctx.backend = rest
         gradient = logits.detach()
-        loss, logprob, entropy, metrics, ctx.scale = _form_(gradient, None, *rest)
+        formed = _form_(gradient, None, Tokens(*tokens), spec, ctx.backend)
+        loss, logprob, entropy, metrics, ctx.scale = formed
         # Whoever saved the logits for a backward of their own hears of it there.
         torch.autograd.graph.increment_version(gradient)
-        ctx.gradient, ctx.version, ctx.backend = gradient, gradient._version, rest[-1]
+        ctx.gradient, ctx.version = gradient, gradient._version
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logprob, entropy, metrics)
         return loss, logprob, entropy, metrics
 
     @staticmethod
     def backward(ctx, g, *_):
+        if g is None:  # downstream wants no gradient of the loss
+            return (None,) * 11
         once_differentiable("logits_policy_loss")
         if ctx.gradient is None:
             raise RuntimeError(_SECOND)
@@ -151,8 +157,8 @@ def _one_read(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, logprob [T], entropy [T], metrics, s, and s dloss/dlogits in a new tensor."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    fields = (old, ref, rollout, advantage, token_weight, keep)
-    return *_form_(dlogits, logits, target, inv_temperature, *fields, spec, backend), dlogits
+    tokens = Tokens(target, inv_temperature, old, ref, rollout, advantage, token_weight, keep)
+    return *_form_(dlogits, logits, tokens, spec, backend), dlogits
 
 
 @_one_read.register_fake
@@ -171,12 +177,15 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx, g, *_):
+    if g is None:
+        return (None,) * 11
     once_differentiable("logits_policy_loss")
     if ctx.done:
         raise RuntimeError(_SECOND)
     scale, gradient = (v.detach() for v in ctx.saved_tensors)
     factor = g / scale
-    if torch.compiler.is_compiling():
+    # A traced graph must not write what its forward saved, and traces tensors of another class.
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor:
         gradient = (gradient.float() * factor).to(gradient.dtype)
     else:
         ctx.done = True

@@ -246,23 +246,28 @@ def backends() -> dict[str, str | None]:
     return reasons
 
 
-def select(backend: str | None, device: torch.device) -> str:
-    """The name of the backend that runs on `device`.
+def select(backend: str | None, device: torch.device, *, one_read: bool = False) -> str:
+    """The name of the backend that runs on `device`; with `one_read`, of an `OneReadBackend`.
 
-    Raises ValueError for an unknown name or a device the backend does not serve, and
-    BackendUnavailableError with the reason when it is known but unusable here.
+    Raises ValueError for an unknown name or a device the backend does not serve,
+    BackendUnavailableError with the reason when it is known but unusable here, and
+    NotImplementedError when it was asked for and does not read once.
     """
     choice = backend or os.environ.get("PYRL_BACKEND") or None
     if choice is None:
-        return _automatic(device.type)
+        return _automatic(device.type, one_read)
     if choice not in NAMES:
         source = "backend" if backend else "PYRL_BACKEND"
         raise ValueError(f"{source}={choice!r}: expected one of {sorted(NAMES)}")
-    if choice == "reference":
-        return choice
-    reason = _reason(choice)
+    reason = None if choice == "reference" else _reason(choice)
     if reason is not None:
         raise BackendUnavailableError(f"backend {choice!r} is not usable here: {reason}")
+    if one_read and not reads_once(choice):
+        raise NotImplementedError(
+            f"backend={choice!r} has no gradient_in_forward; 'cpu' and 'cuda' have"
+        )
+    if choice == "reference":
+        return choice
     if device.type not in TABLE[choice][1] and not _interprets(choice, device):
         raise ValueError(
             f"backend={choice!r} serves {' and '.join(TABLE[choice][1])} tensors, "
@@ -289,17 +294,20 @@ def _interprets(name: str, device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _automatic(device_type: str) -> str:
-    return _best(device_type)  # behind one more call: tracing looks through functools.cache
+def _automatic(device_type: str, one_read: bool) -> str:
+    # Behind one more call: tracing looks through functools.cache.
+    return _best(device_type, one_read)
 
 
 @functools.cache
-def _best(device_type: str) -> str:
+def _best(device_type: str, one_read: bool) -> str:
     skipped: list[str] = []
     for name, (_, devices) in TABLE.items():
         if device_type not in devices:
             continue
         reason = load(name).unavailable_reason()
+        if reason is None and one_read and not reads_once(name):
+            reason = "no gradient_in_forward"
         if reason is None:
             note = f" (not {'; '.join(skipped)})" if skipped else ""
             logger.info("pyrl backend for %s: %s%s", device_type, name, note)

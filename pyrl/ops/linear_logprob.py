@@ -173,7 +173,9 @@ def inv_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(
                 f"temperature={temperature!r}: expected a finite number >= {MIN_TEMPERATURE}"
             )
-        return torch.full((like.numel(),), 1.0 / temperature, device=like.device)
+        return torch.full(
+            (like.numel(),), 1.0 / temperature, dtype=torch.float32, device=like.device
+        )
     if temperature.dim() == 0:
         temperature = temperature.expand(like.shape)
     check_shape("temperature", temperature, like.shape, like.device)
@@ -237,12 +239,14 @@ def _linear_logprob(
     check_targets(target, keep, vocab)
     check_support(indptr, ids, target, keep, vocab)
     kernels = load(backend)
-    outputs = [torch.zeros(target.shape, device=hidden.device) for _ in range(3)]
+    outputs = [
+        torch.zeros(target.shape, dtype=torch.float32, device=hidden.device) for _ in range(3)
+    ]
     x, index = kept_rows(hidden, keep)
     support = SupportRows(indptr, ids, index)
     head = Head.of(weight, bias, lora_a, lora_b, lora_scale, x.dtype, vocab)
     y, inv = target[index], inv_temperature[index]
-    packed = [torch.empty(y.shape, device=x.device) for _ in range(3)]
+    packed = [torch.empty(y.shape, dtype=torch.float32, device=x.device) for _ in range(3)]
     head_rows = HeadRows(x, index, y, inv, logit_scale, softcap, support)
     chunks = head_pass(kernels, head, head_rows, None, chunk_rows(x, vocab), chunk_bytes(x.device))
     for rows in chunks.chunks():
@@ -322,9 +326,9 @@ def _backward(ctx, c, h, g):
     once_differentiable("linear_logprob")
     used = ctx.needs_input_grad
     needs = [used[0], used[1], used[3], used[4], used[5]]
-    lse = ctx.saved_tensors[-1]
-    c, h, g = (torch.zeros_like(lse) if v is None else v.contiguous() for v in (c, h, g))
-    grads = _linear_logprob_backward(*ctx.saved_tensors, c, h, g, *ctx.rest, needs, False)
+    saved = ctx.saved_tensors  # once: a checkpoint gives them out once
+    c, h, g = (torch.zeros_like(saved[-1]) if v is None else v.contiguous() for v in (c, h, g))
+    grads = _linear_logprob_backward(*saved, c, h, g, *ctx.rest, needs, False)
     dx, dw, db, da, dlb = (v if wanted else None for v, wanted in zip(grads, needs, strict=True))
     return dx, dw, None, db, da, dlb, *([None] * 9)
 

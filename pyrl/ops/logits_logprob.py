@@ -161,7 +161,9 @@ def _logits_logprob(
     index = keep.nonzero()[:, 0]
     y, inv, row = target[index], inv_temperature[index], row[index]
     support = SupportRows(indptr, ids, index)
-    outputs = [torch.zeros(target.shape, device=logits.device) for _ in range(3)]
+    outputs = [
+        torch.zeros(target.shape, dtype=torch.float32, device=logits.device) for _ in range(3)
+    ]
     step = chunk_rows(logits, logits.shape[-1])
     for i in range(0, len(index), step):
         part = slice(i, i + step)

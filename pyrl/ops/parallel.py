@@ -179,7 +179,7 @@ class _VocabParallel(torch.autograd.Function):
                 hidden, weight, part.target, bias, a, b, *rows, *shard.numbers
             )
         else:
-            entropy = torch.zeros(target.shape, device=hidden.device)
+            entropy = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
             logprob = lse = torch.full_like(entropy, -torch.inf)
         if part.indptr is not None:
             lse = torch.where(part.used, lse, -torch.inf)

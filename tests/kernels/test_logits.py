@@ -279,3 +279,27 @@ def test_offsets_beyond_2_to_the_31(device: torch.device) -> None:
     assert (lse[:-1] - math.log(V)).abs().max() < 1e-5
     logits.logits_grad_(z, target, one, 1.0, 0.0, lse, entropy, one, one, None)
     assert z[-1, 5] > 0.9 and z[-1, 4] < 0 and (z[0] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("inv_temperature", [0.5, 1.0])
+def test_tokens_masked_by_the_least_finite_number(
+    dtype: torch.dtype, inv_temperature: float, device: torch.device
+) -> None:
+    """As models mask padded vocabularies. Sums begun at -3e38 add 0, not 0 * inf, to the next."""
+    rows = random_rows(3, 5000, dtype, seed=0, device=device)
+    z, target = rows["z"], rows["target"] % 1000 + 4000
+    z[:, :4000] = torch.finfo(dtype).min
+    inv = torch.full_like(rows["inv_temperature"], inv_temperature)
+    got = logits.logits_stats(z, target, inv, 1.0, 0.0)
+    # -3e38 has probability 0, as -inf has.
+    exact_z = torch.where(z < -1e38, -math.inf, z.double()).requires_grad_()
+    exact = stats(exact_z * inv_temperature, target)
+    for mine, theirs in zip(got, exact, strict=True):
+        torch.testing.assert_close(mine.double(), theirs.detach(), rtol=2e-6, atol=4e-6)
+    c, h, g = (4 * k for k in coefficients(3, 0, device, with_g=True))
+    objective = sum((k.double() * v).sum() for k, v in zip((c, h, g), exact, strict=True))
+    (exact_grad,) = torch.autograd.grad(objective, exact_z)
+    logits.logits_grad_(z, target, inv, 1.0, 0.0, got[2], got[1], c, h, g)
+    exact_grad = exact_grad.nan_to_num(0.0)  # autograd's own 0 * inf
+    torch.testing.assert_close(z.double(), exact_grad, rtol=ROUNDOFF[dtype] + 2e-5, atol=1e-7)

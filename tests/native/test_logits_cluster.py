@@ -298,6 +298,25 @@ def test_rows_without_a_probability(library):
     assert stats[0, 2].isnan() and stats[1:, 2:].isfinite().all() and out[2:].isfinite().all()
 
 
+@pytest.mark.parametrize("value", (-3.3e38, -1e12, -1e10, -1e9, -1e7))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_tokens_masked_by_a_finite_number(library, dtype, value):
+    """Sums that begin at one add 0, not 0 * inf, to what follows."""
+    lib, spec, vocab = library(2, 32), LossSpec(temperature=3.0, entropy_coef=2.0), 3000
+    z, case, *_ = make(spec, 3, vocab, dtype)
+    target, keep, inv = case["target"] % 1000 + 2000, torch.ones(3, dtype=torch.bool), 1 / 3
+    z[:, :2000], z[torch.arange(3), target] = value, 1.0
+    case |= {"target": target, "inv_temperature": torch.full((3,), inv)}
+    fields = case["fields"]._replace(keep=keep, old=None, weight=torch.full((3,), 1 / 3))
+    case["fields"] = fields
+    leaf = z.double().requires_grad_()
+    exact = pyrl.logits_policy_loss(leaf, target, fields.advantage, spec, backend="reference")
+    exact.loss.backward()
+    out = torch.empty_like(z)
+    stats = emulate(lib, spec, z, (vocab, None), out, (vocab, None), case, ctas=2, slots=12)
+    check(stats, out, case, exact, leaf.grad, dtype)
+
+
 def test_the_cluster_that_holds_a_row(library):
     lib, chosen = library(8, 128), (ctypes.c_int32 * 3)()
     for row_bytes, wanted, ctas in (

@@ -20,8 +20,12 @@ ops = torch.ops.pyrl_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 1 and 3: less than a vector. 64, 1024: whole vectors and blocks. The rest end in between.
 VOCABULARIES = (1, 3, 17, 64, 1023, 1024, 1025, 32001)
-# (logit_scale, softcap, temperature): none, Gemma-like, Cohere-like, and a negative scale.
-TRANSFORMS = ((1.0, 0.0, 1.0), (1.0, 30.0, 0.7), (0.0625, 0.0, 1.3), (-2.0, 5.0, 1.0))
+# (logit_scale, softcap, temperature): none, Gemma-like, Cohere-like, and negative scales, the last
+# with exponentials that a cap of 300 away from the row's maximum would lose.
+TRANSFORMS = (
+    (1.0, 0.0, 1.0), (1.0, 30.0, 0.7), (0.0625, 0.0, 1.3), (-2.0, 5.0, 1.0), (-0.5, 0.0, 1.0),
+    (-0.1, 300.0, 1.0),
+)  # fmt: skip
 
 
 def oracle(z, target, inv_temperature, logit_scale, softcap):
@@ -276,3 +280,19 @@ def test_opcheck():
         torch.library.opcheck(
             ops.logits_grad_, (z, target, inv_temperature, 1.0, 0.0, lse, entropy, c, h, last)
         )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("inv_temperature", (0.5, 1.0))
+def test_tokens_masked_by_the_least_finite_number(dtype, inv_temperature):
+    """As models mask padded vocabularies. Sums begun at -3e38 add 0, not 0 * inf, to the next."""
+    z, target, inv, c, h, g = rows(3, 5000, dtype)
+    z[:, :4000], target = torch.finfo(dtype).min, target % 1000 + 4000
+    inv, h = torch.full_like(inv, inv_temperature), 4 * h
+    stats = ops.logits_stats(z, target, inv, 1.0, 0.0)
+    for ours, theirs in zip(stats, oracle(z.double(), target, inv, 1.0, 0.0), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=1e-6)
+    exact = oracle_grad(z, target, inv, 1.0, 0.0, c, h, g)
+    ops.logits_grad_(z, target, inv, 1.0, 0.0, stats[2], stats[1], c, h, g)
+    rounding = (exact.to(dtype).double() - exact).norm()
+    assert (z.double() - exact).norm() <= rounding + 5e-6 * exact.norm()
