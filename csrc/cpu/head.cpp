@@ -8,10 +8,6 @@
 
 #include "check.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace pyrl::cpu {
 namespace {
 
@@ -30,22 +26,6 @@ std::optional<HeadKernels> choose(DType dtype) {
 }
 
 bool is_matrix(const Tensor& t) { return t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1); }
-
-// Large tensors are fresh memory: a fault for every 4 KiB of logits took a tenth of the time of a
-// small head. The system may refuse, or not know the advice: then nothing changes.
-void prefer_huge_pages(const std::optional<Tensor>& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (!t || t->numel() == 0) return;
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(t->data_ptr());
-  const uintptr_t elements = (t->size(0) - 1) * t->stride(0) + t->size(1);
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (begin + elements * t->element_size()) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
-}
 
 // What a chunk's kernels read, with the vectors they read it from.
 struct Chunk {
@@ -194,8 +174,6 @@ std::tuple<Tensor, Tensor, Tensor> head_stats(
   Tensor logprob = output(x, {n}, ScalarType::Float), entropy = output(x, {n}, ScalarType::Float),
          lse = output(x, {n}, ScalarType::Float);
   if (n == 0) return {logprob, entropy, lse};
-  prefer_huge_pages(dweight);
-  prefer_huge_pages(far);
   const Tensor packed = output(x, {chunk.kernels.packed_size(h, true)}, ScalarType::Float);
   chunk.kernels.pack_x(h, true, data(packed));
   std::vector<float> singles(2 * chunk.parts * lanes, -__builtin_inff());

@@ -18,9 +18,9 @@ static_assert(32 % kPanel == 0, "a chunk's lanes are whole panels");
 static_assert(kHeadBlock % 2 == 0, "blocks hold whole pairs");
 // Lanes whose pairs of dz are adjacent: what a tile reads is then in few pages and cache sets.
 constexpr int64_t kGroup = 48;
+static_assert(kGroup % kTile == 0 && kGroup % kWidth == 0, "groups are whole tiles and vectors");
 // How far above the reference of its sums a logit may be: exp(4) costs no precision.
 constexpr float kSlack = 4.0f;
-static_assert(kGroup % kTile == 0 && kGroup % kWidth == 0, "groups are whole tiles and vectors");
 
 template <DType D, bool kPairs, bool kCapped>
 struct Head {
@@ -75,7 +75,8 @@ struct Head {
       if (!in_place()) {
         stride = units;
         for (int i = 0; i < count; ++i) {
-          for (int64_t j = 0; j < units; ++j) wide[i * units + j] = Op::unit(weight(v + i), j, chunk.dim);
+          const type* row = weight(v + i);
+          for (int64_t j = 0; j < units; ++j) wide[i * units + j] = Op::unit(row, j, chunk.dim);
         }
         w = wide.get();
       }
@@ -87,7 +88,7 @@ struct Head {
       }
       for (int64_t r = 0; r < lanes; r += kPanel) {
         const auto before = [&](int64_t i, int rows) {
-          for (int q = 0; q < rows && kept; ++q) fetch<3>(z(v + i + q, r), kPanel * sizeof(type));
+          for (int q = 0; q < rows && kept; ++q) claim(z(v + i + q, r), kPanel * sizeof(type));
           ahead.some();
         };
         const auto put = [&](int64_t i, Float low, Float high) __attribute__((always_inline)) {
@@ -221,7 +222,7 @@ struct Head {
       ahead.spread(tiles(count) * panels);
       for (int64_t p = 0; p < panels; ++p) {
         const auto before = [&](int64_t i, int rows) {
-          const auto* at = static_cast<const type*>(grad.dweight) + (v + i) * chunk.dim + p * kPanel;
+          const auto* at = static_cast<type*>(grad.dweight) + (v + i) * chunk.dim + p * kPanel;
           for (int r = 0; r < rows; ++r) fetch<3>(at + r * chunk.dim, kPanel * size);
           ahead.some();
         };
@@ -295,9 +296,9 @@ struct Head {
       if (c == 0 && h == 0 && g == 0) continue;
       const int64_t first = r / kWidth * kWidth, lane = r - first;
       const auto value = transform(first).apply(E::load(z(v + at, first)));
+      const float x = value.x[lane] * kUnit<kPairs>;
       const float d = quiet_nan(
-          target_gradient(value.x[lane] * kUnit<kPairs>, grad.in.lse[r], grad.in.entropy[r], c, h, g) *
-          value.slope[lane]);
+          target_gradient(x, grad.in.lse[r], grad.in.entropy[r], c, h, g) * value.slope[lane]);
       if constexpr (kPairs) {
         store_first<D>(reinterpret_cast<type*>(by_token) + at * lanes + r, splat(d), 1);
         auto* pair = reinterpret_cast<type*>(by_pair + pair_at(at, r));
@@ -371,8 +372,8 @@ void head_pack_x(const HeadChunk& chunk, bool as_columns, float* packed) {
 
 template <DType D, bool kPairs>
 pyrl::cpu::HeadKernels head_kernels() {
-  return {kPanel, kUnit<kPairs>, head_packed_size<D, kPairs>, head_pack_x<D, kPairs>, head_sums<D, kPairs>,
-          head_grads<D, kPairs>};
+  return {kPanel, kUnit<kPairs>, head_packed_size<D, kPairs>, head_pack_x<D, kPairs>,
+          head_sums<D, kPairs>, head_grads<D, kPairs>};
 }
 
 }  // namespace

@@ -166,7 +166,8 @@ def plan(n: int, vocab: int, dim: int, size: int, scratch: int, threads: int, we
     """For n rows of `dim` elements of `size` bytes; `weight`: dweight is wanted.
 
     At most `scratch` bytes, but for a bf16 dweight of several chunks of no less than its low bits
-    and SUMMED_ROWS rows, and for any other of no less than LANES rows.
+    and SUMMED_ROWS rows, and for any other of no less than LANES rows. Of chunks that fit, no more
+    bytes than they need: fresh memory costs a small head more time than longer chunks save.
     """
 
     def lanes(width: int) -> int:
