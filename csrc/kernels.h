@@ -138,7 +138,8 @@ struct HeadChunk {
   int64_t lanes() const { return (rows + 31) / 32 * 32; }
 };
 
-// Sums over a part of the vocabulary: m = max x, s = sum exp(x - m), t = sum exp(x - m) (x - m).
+// Sums over a part of the vocabulary for an m near max x: s = sum exp(x - m), t = sum exp(x - m)
+// (x - m).
 struct HeadSums {
   float *m, *at_target;  // [lanes]; at_target is written by the part that has the target
   double *s, *t;
@@ -163,9 +164,12 @@ namespace cpu {
 
 // A part of the vocabulary is blocks [begin, end) of kHeadBlock tokens.
 constexpr int64_t kHeadBlock = 96;
-// `x` packed by pack_x(chunk, as_columns, packed): as columns for sums, as rows for grads.
+// Softmax inputs x, and factor, outer, shift and slant with them, are in multiples of `unit`: 1, or
+// log(2) where exp is a power of 2. The hidden states are packed by pack_x(chunk, as_columns,
+// packed): as columns for sums, as rows for grads.
 struct HeadKernels {
   int64_t panel;
+  float unit;
   int64_t (*packed_size)(const HeadChunk&, bool as_columns);  // floats
   void (*pack_x)(const HeadChunk&, bool as_columns, float* packed);
   void (*sums)(const HeadChunk&, const float* x, const HeadSums&, int64_t begin, int64_t end);

@@ -106,8 +106,8 @@ Chunk make_chunk(const Tensor& x, const Tensor& weight, const std::optional<Tens
   for (int64_t i = 0; i < h.rows; ++i) {
     const float inv = inverse[i] == inverse[i] ? inverse[i] : __builtin_nanf("");
     chunk.vector(2)[i] = inv * scale;
-    chunk.vector(1)[i] = cap * inv;
-    chunk.vector(0)[i] = cap > 0 ? scale / cap : inv * scale;
+    chunk.vector(1)[i] = cap * inv / kernels->unit;
+    chunk.vector(0)[i] = cap > 0 ? scale / cap : inv * scale / kernels->unit;
   }
   return chunk;
 }
@@ -115,7 +115,8 @@ Chunk make_chunk(const Tensor& x, const Tensor& weight, const std::optional<Tens
 float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // The sums of all parts, in their order, become row i's log-prob, entropy and logsumexp.
-void finish(const std::vector<HeadSums>& parts, int64_t owner, int64_t i, const LogitsStats& out) {
+void finish(const std::vector<HeadSums>& parts, double unit, int64_t owner, int64_t i,
+            const LogitsStats& out) {
   constexpr float kInf = __builtin_inff();
   float m = -kInf;
   for (const HeadSums& p : parts) m = std::max(m, p.m[i]);
@@ -123,7 +124,7 @@ void finish(const std::vector<HeadSums>& parts, int64_t owner, int64_t i, const 
   for (const HeadSums& p : parts) {
     if (p.s[i] == 0) continue;  // no logit above -inf
     const double down = p.m[i] > -kInf ? static_cast<double>(p.m[i]) - m : 0;  // else all NaN
-    const double factor = std::exp(down);
+    const double factor = std::exp(unit * down);
     s += factor * p.s[i];
     t += factor * (p.t[i] + p.s[i] * down);
   }
@@ -133,10 +134,28 @@ void finish(const std::vector<HeadSums>& parts, int64_t owner, int64_t i, const 
     return;
   }
   const double log_s = std::log(s), top = m > -kInf ? m : 0;
-  out.lse[i] = static_cast<float>(top + log_s);
-  out.logprob[i] = static_cast<float>(static_cast<double>(parts[owner].at_target[i]) - top - log_s);
-  const double entropy = log_s - t / s;
+  out.lse[i] = static_cast<float>(unit * top + log_s);
+  out.logprob[i] = static_cast<float>(unit * (parts[owner].at_target[i] - top) - log_s);
+  const double entropy = log_s - unit * (t / s);
   out.entropy[i] = static_cast<float>(entropy < 0 ? 0 : entropy);  // rounding of a certain row
+}
+
+void put(float value, float* out) { *out = value; }
+void put(float value, uint16_t* out) {  // bf16, to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *out = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+}
+
+// The parts in their order: the same bits whichever thread formed them.
+template <class T>
+void add_parts(const float* parts, int64_t count, int64_t stride, int64_t length, T* out) {
+  for (int64_t d = 0; d < length; ++d) {
+    float total = parts[d];
+    for (int64_t p = 1; p < count; ++p) total += parts[p * stride + d];
+    put(total, out + d);
+  }
 }
 
 }  // namespace
@@ -168,12 +187,14 @@ std::tuple<Tensor, Tensor, Tensor> head_stats(
     chunk.kernels.sums(h, data(packed), sums[p], begin, end);
   });
   const LogitsStats stats{data(logprob), data(entropy), data(lse)};
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t block = h.target[i] / kHeadBlock;
-    int64_t owner = 0;
-    while (chunk.blocks * (owner + 1) / chunk.parts <= block) ++owner;
-    finish(sums, owner, i, stats);
-  }
+  torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = h.target[i] / kHeadBlock;
+      int64_t owner = 0;
+      while (chunk.blocks * (owner + 1) / chunk.parts <= block) ++owner;
+      finish(sums, chunk.kernels.unit, owner, i, stats);
+    }
+  });
   return {logprob, entropy, lse};
 }
 
@@ -224,9 +245,9 @@ void head_grad_(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     // As in rows.h: dx = p (base - h log p); NaN of unknown payload are unsafe to round.
     const auto quiet = [](float v) { return v == v ? v : __builtin_nanf(""); };
     const float gi = grad.in.g ? grad.in.g[i] : 0.0f, ci = grad.in.c[i], hi = grad.in.h[i];
-    chunk.vector(3)[i] = quiet(grad.in.lse[i]);
+    chunk.vector(3)[i] = quiet(grad.in.lse[i] / chunk.kernels.unit);
     chunk.vector(4)[i] = quiet(gi - ci - (hi != 0 ? hi * grad.in.entropy[i] : 0.0f));
-    chunk.vector(5)[i] = quiet(hi);
+    chunk.vector(5)[i] = quiet(hi * chunk.kernels.unit);
     const bool zero = (ci == 0 && hi == 0 && gi == 0) || grad.in.lse[i] == -__builtin_inff();
     live[i] = zero ? 0 : ~uint32_t{0};
   }
@@ -246,20 +267,17 @@ void head_grad_(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     chunk.kernels.grads(head, part, packed ? data(*packed) : nullptr, begin, end);
   });
   if (!dhidden) return;
+  const float* const sums = data(*dx);
+  void* const out = dhidden->data_ptr();
   torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t d = 0; d < head.dim; ++d) {
-        const float* sum = data(*dx) + (d / panel * n + i) * panel + d % panel;
-        float total = 0;  // the parts in their order: the same bits whichever thread formed them
-        for (int64_t p = 0; p < chunk.parts; ++p) total += sum[p * part_size];
+      for (int64_t d = 0; d < head.dim; d += panel) {
+        const float* sum = sums + (d / panel * n + i) * panel;
+        const int64_t at = i * head.dim + d, count = std::min(panel, head.dim - d);
         if (narrow) {
-          uint32_t bits;
-          std::memcpy(&bits, &total, sizeof bits);
-          bits = total == total ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
-          static_cast<uint16_t*>(dhidden->data_ptr())[i * head.dim + d] =
-              static_cast<uint16_t>(bits);
+          add_parts(sum, chunk.parts, part_size, count, static_cast<uint16_t*>(out) + at);
         } else {
-          data(*dhidden)[i * head.dim + d] = total;
+          add_parts(sum, chunk.parts, part_size, count, static_cast<float*>(out) + at);
         }
       }
     }

@@ -16,6 +16,11 @@ using pyrl::cpu::kHeadBlock;
 
 static_assert(32 % kPanel == 0, "a chunk's lanes are whole panels");
 static_assert(kHeadBlock % 2 == 0, "blocks hold whole pairs");
+// Lanes whose pairs of dz are adjacent: what a tile reads is then in few pages and cache sets.
+constexpr int64_t kGroup = 48;
+static_assert(kGroup % kTile == 0 && kGroup % kWidth == 0, "groups are whole tiles and vectors");
+// How far above the reference of its sums a logit may be: exp(4) costs no precision.
+constexpr float kSlack = 4.0f;
 
 template <DType D, bool kPairs, bool kCapped>
 struct Head {
@@ -60,6 +65,7 @@ struct Head {
 
   void sums(const float* x, const HeadSums& out, int64_t begin, int64_t end) {
     const Floats tile = floats(kHeadBlock * kPanel);
+    const bool kept = chunk.near || chunk.far;
     for (int64_t v = begin * kHeadBlock; v < end * kHeadBlock && v < chunk.vocab;
          v += kHeadBlock) {
       const int count = static_cast<int>(
@@ -69,7 +75,8 @@ struct Head {
       if (!in_place()) {
         stride = units;
         for (int i = 0; i < count; ++i) {
-          for (int64_t j = 0; j < units; ++j) wide[i * units + j] = Op::unit(weight(v + i), j, chunk.dim);
+          const type* row = weight(v + i);
+          for (int64_t j = 0; j < units; ++j) wide[i * units + j] = Op::unit(row, j, chunk.dim);
         }
         w = wide.get();
       }
@@ -80,7 +87,10 @@ struct Head {
         ahead.spread(tiles(count) * (lanes / kPanel));
       }
       for (int64_t r = 0; r < lanes; r += kPanel) {
-        const auto before = [&](int64_t, int) { ahead.some(); };
+        const auto before = [&](int64_t i, int rows) {
+          for (int q = 0; q < rows && kept; ++q) claim(z(v + i + q, r), kPanel * sizeof(type));
+          ahead.some();
+        };
         const auto put = [&](int64_t i, Float low, Float high) __attribute__((always_inline)) {
           store(tile.get() + i * kPanel, low);
           store(tile.get() + i * kPanel + kWidth, high);
@@ -92,59 +102,62 @@ struct Head {
   }
 
   // The logits of tokens v, v + 1, ... and lanes r ... r + kPanel - 1 in `tile` [count][kPanel].
-  PYRL_MEMBER void panel_sums(int64_t v, int count, int64_t r, float* tile,
+  PYRL_MEMBER void panel_sums(int64_t v, int count, int64_t r, const float* tile,
                               const HeadSums& out) const {
-    constexpr float kInf = __builtin_inff();
+    for (int k = 0; k < kPanel; k += kWidth) lane_sums(v, count, r + k, tile + k, out);
+  }
+
+  PYRL_MEMBER Float biased(Float value, int64_t v) const {
     const auto* bias = static_cast<const type*>(chunk.bias);
-    const bool kept = chunk.near || chunk.far;
-    for (int k = 0; k < kPanel; k += kWidth) {
-      const auto to_x = transform(r + k);
-      float* const column = tile + k;
-      Float top = splat(-kInf);
-      type* raw = kept ? z(v, r + k) : nullptr;
-      const int64_t raw_stride = r < near_lanes() ? chunk.near_stride : chunk.far_stride;
-      for (int i = 0; i < count; ++i) {
-        Float value = load(column + i * kPanel);
-        if (bias) value += splat(Op::scalar(bias[v + i]));
-        value = E::rounded(value);
-        if (kept) E::store(raw + i * raw_stride, value);
-        value = to_x.apply(value).x;
-        top = max_or_second(value, top);
-        store(column + i * kPanel, value);
-      }
-      const Float before = load(out.m + r + k), m = max_or_second(before, top);
-      store(out.m + r + k, m);
-      const Float shift = m > -kInf ? m : Float{};  // -inf - -inf would be NaN
-      // A quarter of the block's terms are added in fp32; the rest is double.
-      Float sum[4] = {}, product[4] = {};
+    return E::rounded(bias ? value + splat(Op::scalar(bias[v])) : value);
+  }
+
+  PYRL_MEMBER void lane_sums(int64_t v, int count, int64_t r, const float* column,
+                             const HeadSums& out) const {
+    constexpr float kInf = __builtin_inff();
+    const auto to_x = transform(r);
+    type* const raw = chunk.near || chunk.far ? z(v, r) : nullptr;
+    const int64_t raw_stride = r < near_lanes() ? chunk.near_stride : chunk.far_stride;
+    const Float before = load(out.m + r);
+    Float m = before, shift, top, sum[4], product[4];
+    // Any m near the maximum will do: one pass, and another where a logit is far above it.
+    for (;;) {
+      shift = m > -kInf ? m : Float{};  // -inf - -inf would be NaN
+      top = splat(-kInf);
+      for (int u = 0; u < 4; ++u) sum[u] = product[u] = Float{};
+      const auto add = [&](int i, int u) __attribute__((always_inline)) {
+        const Float value = biased(load(column + i * kPanel), v + i);
+        if (raw) E::store(raw + i * raw_stride, value);
+        const Float x = to_x.apply(value).x;
+        top = max_or_second(x, top);
+        const Exp e = power<kPairs>(x - shift);
+        sum[u] += e.value;
+        product[u] += e.value * e.argument;
+      };
       int i = 0;
       for (; i + 4 <= count; i += 4) {
 #pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) {
-          const Exp e = exp_or_zero(load(column + (i + u) * kPanel) - shift);
-          sum[u] += e.value;
-          product[u] += e.value * e.argument;
-        }
+        for (int u = 0; u < 4; ++u) add(i + u, u);
       }
-      for (; i < count; ++i) {
-        const Exp e = exp_or_zero(load(column + i * kPanel) - shift);
-        sum[0] += e.value;
-        product[0] += e.value * e.argument;
-      }
-      const Float s = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-      const Float t = (product[0] + product[1]) + (product[2] + product[3]);
-      const Exp down = exp_or_zero(before - shift);
-      for (int lane = 0; lane < kWidth; ++lane) {
-        double &all = out.s[r + k + lane], &all_t = out.t[r + k + lane];
-        const double factor = down.value[lane];
-        if (all != 0) all_t = factor * (all_t + all * down.argument[lane]);
-        all = factor * all + s[lane];
-        all_t += t[lane];
-      }
+      for (; i < count; ++i) add(i, 0);
+      if (!any(top > m + kSlack)) break;
+      m = max_or_second(m, top);
     }
-    for (int lane = 0; lane < kPanel && r + lane < chunk.rows; ++lane) {
+    store(out.m + r, m);
+    // A quarter of the block's terms were added in fp32; the rest is double.
+    const Float s = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    const Float t = (product[0] + product[1]) + (product[2] + product[3]);
+    const Exp down = power<kPairs>(before - shift);
+    for (int lane = 0; lane < kWidth; ++lane) {
+      double &all = out.s[r + lane], &all_t = out.t[r + lane];
+      const double factor = down.value[lane];
+      all_t = factor * (all_t + all * down.argument[lane]) + t[lane];
+      all = factor * all + s[lane];
+    }
+    for (int lane = 0; lane < kWidth && r + lane < chunk.rows; ++lane) {
       const int64_t at = chunk.target[r + lane] - v;
-      if (at >= 0 && at < count) out.at_target[r + lane] = tile[at * kPanel + lane];
+      if (at < 0 || at >= count) continue;
+      out.at_target[r + lane] = to_x.apply(biased(load(column + at * kPanel), v + at)).x[lane];
     }
   }
 
@@ -152,11 +165,11 @@ struct Head {
 
   void grads(const HeadGrad& grad, const float* x, int64_t begin, int64_t end) {
     const int64_t row_units = Op::units(chunk.rows), panels = Op::panels(chunk.dim);
-    // dz of a block with rows adjacent, [token][lane], and with tokens adjacent in pairs.
+    // dz of a block with rows adjacent, [token][lane], and with tokens adjacent in pairs,
+    // [group of lanes][pair][lane].
     const Floats by_token = floats(kHeadBlock * lanes / (kPairs ? 2 : 1));
-    const Floats by_pair = floats(kPairs ? kHeadBlock / 2 * lanes : 0);
+    const Floats by_pair = floats(kPairs ? kHeadBlock / 2 * (lanes + kGroup) : 0);
     const Floats w = floats(grad.dx ? kHeadBlock * panels * kPanel : 0);
-    const float* by_row = kPairs ? by_pair.get() : by_token.get();
     for (int64_t v = begin * kHeadBlock; v < end * kHeadBlock && v < chunk.vocab;
          v += kHeadBlock) {
       const int count = static_cast<int>(
@@ -183,18 +196,22 @@ struct Head {
         const bool fresh = v == begin * kHeadBlock;
         ahead.spread(tiles(chunk.rows) * panels);
         for (int64_t p = 0; p < panels; ++p) {
-          float* dx = grad.dx + p * chunk.rows * kPanel;
-          const auto before = [&](int64_t i, int rows) {
-            for (int r = 0; r < rows && !fresh; ++r) fetch<3>(dx + (i + r) * kPanel, kPanel * 4);
-            ahead.some();
-          };
-          const auto put = [&](int64_t i, Float low, Float high) __attribute__((always_inline)) {
-            float* at = dx + i * kPanel;
-            store(at, fresh ? low : low + load(at));
-            store(at + kWidth, fresh ? high : high + load(at + kWidth));
-          };
-          multiply_panel<kPairs>(0, chunk.rows, k, by_row, 1, lanes, w.get() + p * k * kPanel,
-                                 before, put);
+          for (int64_t g = 0; g < chunk.rows; g += kGroup) {
+            float* dx = grad.dx + (p * chunk.rows + g) * kPanel;
+            const auto before = [&](int64_t i, int rows) {
+              for (int r = 0; r < rows && !fresh; ++r) fetch<3>(dx + (i + r) * kPanel, kPanel * 4);
+              ahead.some();
+            };
+            const auto put = [&](int64_t i, Float low, Float high) __attribute__((always_inline)) {
+              float* at = dx + i * kPanel;
+              store(at, fresh ? low : low + load(at));
+              store(at + kWidth, fresh ? high : high + load(at + kWidth));
+            };
+            const int64_t rows = chunk.rows - g < kGroup ? chunk.rows - g : kGroup;
+            const float* dz = kPairs ? by_pair.get() + g * (kHeadBlock / 2) : by_token.get() + g;
+            multiply_panel<kPairs>(0, rows, k, dz, 1, kPairs ? kGroup : lanes,
+                                   w.get() + p * k * kPanel, before, put);
+          }
         }
       }
       if (!grad.dweight) continue;
@@ -205,7 +222,7 @@ struct Head {
       ahead.spread(tiles(count) * panels);
       for (int64_t p = 0; p < panels; ++p) {
         const auto before = [&](int64_t i, int rows) {
-          const auto* at = static_cast<const type*>(grad.dweight) + (v + i) * chunk.dim + p * kPanel;
+          const auto* at = static_cast<type*>(grad.dweight) + (v + i) * chunk.dim + p * kPanel;
           for (int r = 0; r < rows; ++r) fetch<3>(at + r * chunk.dim, kPanel * size);
           ahead.some();
         };
@@ -219,9 +236,9 @@ struct Head {
     }
   }
 
-  PYRL_MEMBER Float dz_of(const HeadGrad& grad, Float raw, int64_t r) const {
-    const auto value = transform(r).apply(raw);
-    const Exp p = exp_or_zero(value.x - load(grad.shift + r));
+  PYRL_MEMBER Float dz_of(const HeadGrad& grad, const type* raw, int64_t r) const {
+    const auto value = transform(r).apply(E::load(raw));
+    const Exp p = power<kPairs>(value.x - load(grad.shift + r));
     const Float d = p.value * (load(grad.base + r) - load(grad.slant + r) * p.argument);
     UInt live;
     std::memcpy(&live, grad.live + r, sizeof live);
@@ -229,31 +246,30 @@ struct Head {
   }
 
   void form_dz(const HeadGrad& grad, int64_t v, int count, float* by_token, float* by_pair) const {
-    for (int i = 0; i < count; ++i) {
-      const auto put = [&](const type* z_row, int64_t r) __attribute__((always_inline)) {
-        const Float d = dz_of(grad, E::load(z_row), r);
+    constexpr int kStep = kPairs ? 2 : 1;
+    for (int i = 0; i < count; i += kStep) {
+      const bool odd = kPairs && i + 1 == count;  // the last token's partner is 0
+      for (int64_t r = 0; r < lanes; r += kWidth) {
+        const Float d = dz_of(grad, z(v + i, r), r);
         if constexpr (kPairs) {
-          E::store(reinterpret_cast<type*>(by_token) + i * lanes + r, d);
+          const Float next = odd ? Float{} : dz_of(grad, z(v + i + 1, r), r);
+          auto* rows = reinterpret_cast<type*>(by_token) + i * lanes + r;
+          E::store(rows, d);
+          if (!odd) E::store(rows + lanes, next);
+          const UInt pair = bits(E::rounded(d)) >> 16 | bits(E::rounded(next));
+          store(by_pair + pair_at(i, r), from_bits(pair));
         } else {
           store(by_token + i * lanes + r, d);
         }
-      };
-      const type *near = z(v + i, 0), *far = z(v + i, near_lanes());
-      for (int64_t r = 0; r < near_lanes(); r += kWidth) put(near + r, r);
-      for (int64_t r = near_lanes(); r < lanes; r += kWidth) put(far + r - near_lanes(), r);
-    }
-    targets(grad, v, count, by_token);
-    if (grad.dbias) add_dbias(grad, v, count, by_token);
-    if constexpr (kPairs) {
-      const auto* rows = reinterpret_cast<const type*>(by_token);
-      for (int i = 0; i < count; i += 2) {
-        for (int64_t r = 0; r < lanes; r += kWidth) {
-          UInt pair = load_widened(rows + i * lanes + r);
-          if (i + 1 < count) pair |= load_widened(rows + (i + 1) * lanes + r) << 16;
-          store(by_pair + i / 2 * lanes + r, from_bits(pair));
-        }
       }
     }
+    targets(grad, v, count, by_token, by_pair);
+    if (grad.dbias) add_dbias(grad, v, count, by_token);
+  }
+
+  // Where the pair of tokens i and i + 1, lane r, is.
+  static int64_t pair_at(int64_t i, int64_t r) {
+    return r / kGroup * kGroup * (kHeadBlock / 2) + i / 2 * kGroup + r % kGroup;
   }
 
   void add_dbias(const HeadGrad& grad, int64_t v, int count, const float* by_token) const {
@@ -271,7 +287,8 @@ struct Head {
   }
 
   // dz of every row's target, where it is in this block.
-  void targets(const HeadGrad& grad, int64_t v, int count, float* by_token) const {
+  void targets(const HeadGrad& grad, int64_t v, int count, float* by_token,
+               float* by_pair) const {
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t at = chunk.target[r] - v;
       if (at < 0 || at >= count) continue;
@@ -279,11 +296,13 @@ struct Head {
       if (c == 0 && h == 0 && g == 0) continue;
       const int64_t first = r / kWidth * kWidth, lane = r - first;
       const auto value = transform(first).apply(E::load(z(v + at, first)));
+      const float x = value.x[lane] * kUnit<kPairs>;
       const float d = quiet_nan(
-          target_gradient(value.x[lane], grad.in.lse[r], grad.in.entropy[r], c, h, g) *
-          value.slope[lane]);
+          target_gradient(x, grad.in.lse[r], grad.in.entropy[r], c, h, g) * value.slope[lane]);
       if constexpr (kPairs) {
         store_first<D>(reinterpret_cast<type*>(by_token) + at * lanes + r, splat(d), 1);
+        auto* pair = reinterpret_cast<type*>(by_pair + pair_at(at, r));
+        store_first<D>(pair + at % 2, splat(d), 1);
       } else {
         by_token[at * lanes + r] = d;
       }
@@ -353,8 +372,8 @@ void head_pack_x(const HeadChunk& chunk, bool as_columns, float* packed) {
 
 template <DType D, bool kPairs>
 pyrl::cpu::HeadKernels head_kernels() {
-  return {kPanel, head_packed_size<D, kPairs>, head_pack_x<D, kPairs>, head_sums<D, kPairs>,
-          head_grads<D, kPairs>};
+  return {kPanel, kUnit<kPairs>, head_packed_size<D, kPairs>, head_pack_x<D, kPairs>,
+          head_sums<D, kPairs>, head_grads<D, kPairs>};
 }
 
 }  // namespace

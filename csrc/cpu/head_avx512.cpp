@@ -1,4 +1,4 @@
-// Compiled with -mavx512{f,bw,dq,vl}; runs only where logits_rows.cpp found them.
+// Compiled with -mavx512{f,bw,dq,vl} -mprfchw; runs only where logits_rows.cpp found them.
 #define PYRL_WIDTH 16
 #include "cpu/head.h"
 

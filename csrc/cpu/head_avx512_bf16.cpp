@@ -1,4 +1,4 @@
-// Compiled with -mavx512{f,bw,dq,vl,bf16}; runs only where head.cpp found them.
+// Compiled with -mavx512{f,bw,dq,vl,bf16} -mprfchw; runs only where head.cpp found them.
 #define PYRL_WIDTH 16
 #define PYRL_PAIRS 1
 #include "cpu/head.h"

@@ -49,6 +49,19 @@ PYRL_INLINE Float max_or_second(Float a, Float b) {
 #endif
 }
 
+// Whether a comparison is true in any lane.
+PYRL_INLINE bool any(Int mask) {
+#if PYRL_AVX512
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif PYRL_AVX2
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kWidth; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
 PYRL_INLINE float horizontal_max(Float v) {
   float m = v[0];
   for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;

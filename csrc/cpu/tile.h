@@ -63,6 +63,13 @@ PYRL_INLINE void fetch(const void* from, int64_t bytes) {
   }
 }
 
+// As fetch into the L1 cache, of lines that are about to be written.
+PYRL_INLINE void claim(const void* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + byte, 1, 3);
+  }
+}
+
 // Memory that later work reads, fetched into the L2 cache a little at a time between tiles: the
 // hardware's own prefetch starts anew with every row and page.
 class Ahead {

@@ -21,6 +21,10 @@ from pyrl.ops.support import SupportRows
 LANES = 32
 #: Rows of a chunk of the fused kernels that keeps no logits.
 SCORED_ROWS = 1024
+#: The most rows of a chunk of the fused kernels: dz of a block of tokens stays in the L2 cache.
+CACHED_ROWS = 1536
+#: Bytes of a cache line.
+LINE = 64
 #: The least rows of a chunk of a 24-bit sum, which passes over all of dweight: a few take no less.
 SUMMED_ROWS = 128
 
@@ -162,7 +166,8 @@ def plan(n: int, vocab: int, dim: int, size: int, scratch: int, threads: int, we
     """For n rows of `dim` elements of `size` bytes; `weight`: dweight is wanted.
 
     At most `scratch` bytes, but for a bf16 dweight of several chunks of no less than its low bits
-    and SUMMED_ROWS rows, and for any other of no less than LANES rows.
+    and SUMMED_ROWS rows, and for any other of no less than LANES rows. Of chunks that fit, no more
+    bytes than they need: fresh memory costs a small head more time than longer chunks save.
     """
 
     def lanes(width: int) -> int:
@@ -173,17 +178,20 @@ def plan(n: int, vocab: int, dim: int, size: int, scratch: int, threads: int, we
 
     near = dim // LANES * LANES if weight else 0
     # Every thread has its own fp32 sum of a chunk's dhidden.
-    most = max(scratch // (4 * dim * threads) // LANES * LANES, LANES)
-    width, low = scratch // vocab // 4 * 4, 0
+    most = min(max(scratch // (4 * dim * threads) // LANES * LANES, LANES), CACHED_ROWS)
+    width, low = scratch // vocab, 0
     if n > min(near + lanes(width), most):
-        low = dim + dim % 2 if weight and size == 2 else 0
+        low = -(-dim // LINE) * LINE if weight and size == 2 else 0
         width = max(width, low + size * (SUMMED_ROWS if low else LANES))
     first, then = min(near + lanes(width), most), min(lanes(width - low), most)
     if n <= first:
         return Plan([slice(0, n)] if n else [], near, padded(n - near) * size, 0)
-    # The first as small as the others allow: what is summed for each row is then the least.
-    first = padded(n - -(-(n - first) // then) * then)
+    later = -(-(n - first) // then)
+    # Equal chunks, or the first as small as the others allow: for its rows nothing is read back.
+    then = min(then, padded(-(-n // (later + 1))))
+    first = padded(n - later * then)
     bounds = [0, *range(first, n, then), n]
+    width = max(padded(first - near) * size, low + then * size)
     return Plan([slice(*pair) for pair in itertools.pairwise(bounds)], near, width, low)
 
 

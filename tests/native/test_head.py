@@ -168,6 +168,16 @@ def test_minus_infinity(dtype, cap):
     assert dx.isfinite().all() and dw.isfinite().all() and db.isfinite().all()
 
 
+@pytest.mark.parametrize("slope", (-0.5, 0.02, 0.5))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_that_rise_from_block_to_block(dtype, slope):
+    """The sums' reference follows the maximum, by leaps and by steps it need not follow."""
+    x, weight, bias, target, inverse, c = inputs(40, 33, 500, dtype)
+    args = x, weight, (bias + slope * torch.arange(500)).to(dtype), target, inverse, c
+    plain, exact = formula(*args, 1.0, 0.0), formula(*double(*args), 1.0, 0.0)
+    assert_parity(run(*args), plain, exact, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_coefficients_and_nan(dtype):
     x, weight, b, target, inverse, c = inputs(40, 33, 203, dtype)

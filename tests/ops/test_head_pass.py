@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import pyrl
 from pyrl.ops import head_pass
 from pyrl.ops.backends import cpu
-from pyrl.ops.head_pass import LANES, SUMMED_ROWS, plan
+from pyrl.ops.head_pass import CACHED_ROWS, LANES, LINE, SUMMED_ROWS, plan
 from pyrl.ops.linear_logprob import CHUNK_BYTES, _linear_logprob_backward
 from pyrl.parity import MARGIN, relative
 
@@ -32,13 +32,13 @@ def test_plan_covers_every_row_once(n, vocab, dim, size, scratch, threads, weigh
     ]
     assert (cut.chunks[0].start, cut.chunks[-1].stop) == (0, n) if n else cut.chunks == []
     summed = weight and size == 2
-    least = (dim + 1 if summed else 0) + size * (SUMMED_ROWS if summed else LANES)
+    least = (-(-dim // LINE) * LINE if summed else 0) + size * (SUMMED_ROWS if summed else LANES)
     assert cut.width * vocab <= max(scratch, least * vocab)
     assert cut.near <= dim and cut.near % LANES == 0 and (weight or cut.near == 0)
     assert bool(cut.low) == (weight and size == 2 and len(cut.chunks) > 1)
-    assert cut.low % size == 0 and cut.width % size == 0
+    assert cut.low % LINE == 0 and cut.width % LINE == 0
     for c in cut.chunks:
-        assert c.start % LANES == 0 and c.start < c.stop
+        assert c.start % LANES == 0 and c.start < c.stop <= c.start + CACHED_ROWS
         inside = cut.near if c.start == 0 else 0
         room = cut.width - (cut.low if c.start else 0)
         assert -(-max(c.stop - c.start - inside, 0) // LANES) * LANES * size <= room
@@ -48,6 +48,10 @@ def test_plan_of_the_benchmarked_shapes():
     budget = CHUNK_BYTES["cpu"]
     for size, n, chunks in ((4, 2048, 6), (2, 2048, 5), (4, 1024, 2), (2, 1024, 1)):
         assert len(plan(n, 49152, 576, size, budget, 2, True).chunks) == chunks
+    # A small head: equal chunks, and no more scratch than they take.
+    small = plan(8191, 4000, 256, 2, budget, 2, True)
+    assert [c.stop - c.start for c in small.chunks] == [1312, *[1376] * 4, 1375]
+    assert small.width == 256 + 2 * 1376
     # One chunk of a wide vocabulary needs no bits beside dweight's own.
     assert plan(1024, 151936, 896, 2, budget, 2, True).low == 0
 
