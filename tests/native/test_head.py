@@ -7,6 +7,8 @@ again for AVX2. The portable set has none of these kernels.
 from __future__ import annotations
 
 import math
+import random
+import statistics
 
 import pytest
 import torch
@@ -108,7 +110,8 @@ def test_parity(dtype, size, transform):
     dtype=st.sampled_from(DTYPES), bias=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_property_any_split_and_place_of_the_logits(n, d, v, data, dtype, bias, seed):
-    args = inputs(n, d, v, dtype, seed, bias)
+    few = dtype == torch.bfloat16 and (n < 16 or v < 32)  # their dbias: the next test
+    args = inputs(n, d, v, dtype, seed, bias and not few)
     cuts = [*sorted(data.draw(st.lists(st.integers(1, n), max_size=3, unique=True))), n]
     sizes = [b - a for a, b in zip([0, *cuts], cuts, strict=False) if b > a]
     near = data.draw(st.integers(0, min(d, sizes[0]) // 32)) * 32
@@ -116,6 +119,23 @@ def test_property_any_split_and_place_of_the_logits(n, d, v, data, dtype, bias, 
         near = sizes[0]
     ours = run(*args, sizes=sizes, near=near)
     assert_parity(ours, formula(*args, 1.0, 0.0), formula(*double(*args), 1.0, 0.0), dtype)
+
+
+def test_dbias_of_few_terms():
+    """How far a sum of few roundings to bf16 is off is luck, torch's and ours: means are compared.
+
+    Everything else obeys the rule case by case.
+    """
+    rng, dtype, errors = random.Random(0), DTYPES[-1], []
+    for seed in range(200):
+        args = inputs(rng.randint(1, 16), rng.randint(1, 30), rng.randint(2, 60), dtype, seed)
+        (stats, (*grads, db)), (out, (*torchs, torch_db)), (right, (*exacts, exact_db)) = (
+            run(*args), formula(*args, 1.0, 0.0), formula(*double(*args), 1.0, 0.0),
+        )  # fmt: skip
+        assert_parity((stats, grads), (out, torchs), (right, exacts), dtype)
+        errors.append([relative(db, exact_db), relative(torch_db, exact_db)])
+    ours, plain = (statistics.median(e) for e in zip(*errors, strict=True))
+    assert ours <= plain
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
