@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,12 @@ def interleave(
     between: Callable[[Any], None] | None = None,
     limit: str = "",
     slow: float = math.inf,
+    always: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Milliseconds per variant and round. `draw(round)` makes that round's inputs; `between` (for
     example dropping gradients) runs untimed before every call; `inner` repeats a short call inside
     one timing and divides. A variant that took longer than `slow` times `limit`, which opens the
-    first round, runs in every fifth round only; the others are NaN."""
+    first round, runs in every fifth round only, unless named in `always`; the others are NaN."""
     order = list(calls)
     shuffler = random.Random(seed)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if device == "cuda" else None
@@ -123,7 +124,8 @@ def interleave(
         inputs = draw(i)
         shuffler.shuffle(order)
         for name in sorted(order, key=lambda name: i > 0 or name != limit):
-            if i % 5 and limit in calls and samples[name][0] > slow * samples[limit][0]:
+            rests = i % 5 and limit in calls and name not in always
+            if rests and samples[name][0] > slow * samples[limit][0]:
                 samples[name].append(math.nan)
                 continue
             if between is not None:

@@ -50,9 +50,10 @@ def shaped(n: int, d: int, v: int, dtype: str = "bfloat16", **options: Any) -> C
 DTYPES = ("float32", "bfloat16")
 GRID: tuple[Cell, ...] = (
     head(512, "bfloat16", 5, names=MOST, memory=HELD, absent=True),
-    head(1024, "bfloat16", 5, names=("gemm", "naive", "trl", "pyrl-cpu"),
-         memory=("naive", "pyrl-cpu"), check=False),
-    head(1024, "float32", 4, names=("gemm", "naive", "torch.compile", "pyrl-cpu"), memory=SOME),
+    head(1024, "bfloat16", 5, names=("gemm", "naive", "pyrl-cpu"), memory=("naive", "pyrl-cpu"),
+         check=False),
+    head(1024, "float32", 4, names=("gemm", "naive", "torch.compile", "pyrl-cpu"),
+         memory=("torch.compile", "pyrl-cpu")),
     head(2048, "bfloat16", 4, names=("gemm", "naive", "torch.compile", "torch-lce", "pyrl-cpu"),
          memory=SOME),
     head(2048, "float32", 3, names=OURS, memory=("pyrl-cpu",), check=False),

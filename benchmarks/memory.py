@@ -57,7 +57,7 @@ class Variant:
 
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant(name="all weights", dtype="float32"),
+    Variant(name="all weights", dtype="float32", extra=True),
     Variant(name="all weights"),
     Variant(name="all weights, checkpointing", gradient_checkpointing=True),
     Variant(name=f"LoRA {RANK}", lora_rank=RANK, extra=True),

@@ -28,8 +28,8 @@ HOW = """## How the figures are taken
 Times are medians over rounds in which every variant runs once on freshly drawn inputs, in shuffled
 order; × limit is the median over rounds of the ratio to the limit timed in the same round. A limit
 is what torch's own products or copy take here: a kernel with better products can be below 1. A
-variant slower than 1.5 times the head's limit (20 and 100 times the copies) is timed in every fifth
-round only: its spread is one or two samples. Peak memory is the growth above the inputs in a fresh
+peer slower than 1.5 times the head's limit (20 and 100 times the copies) is timed in every fifth
+round only, `once` where that is one. Peak memory is the growth above the inputs in a fresh
 process, second call, gradients included. The error is the larger of the two gradients' relative
 norm of difference to float64 (– where a smaller N of the same code was compared); `!` marks what
 breaks the loss contract's rule (the naive form's own error + 5e-6 in fp32, + 1e-3 in bf16), where

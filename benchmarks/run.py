@@ -100,8 +100,12 @@ def main(given: list[str] | None = None) -> int:
         if not args.quick or args.only == "report":
             began = time.perf_counter()
             report = importlib.import_module("report")
-            for path in report.write(out):
-                console.print(f"wrote {path}")
+            try:
+                for path in report.write(out):
+                    console.print(f"wrote {path}")
+            except ValueError as error:  # nothing to report on, a line that is no JSON
+                print(error, file=sys.stderr)
+                return 2
             spent["report"] = time.perf_counter() - began
     except KeyboardInterrupt:
         print(f"interrupted; what was finished is in {out}", file=sys.stderr)

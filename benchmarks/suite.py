@@ -126,7 +126,7 @@ def run_case(
 ) -> list[dict[str, Any]]:
     """Rows for every implementation of `op` at `case`, or for `names`; without names or if
     `absent`, those that cannot run here are rows that say why. `memory` may name whose peak is
-    measured. A variant slower than `slow` times the limit is timed in every fifth round only;
+    measured. A peer slower than `slow` times the limit is timed in every fifth round only;
     without `check` nothing is compared with float64 (a large N repeats what a smaller one showed);
     `without` names what is left out. A CUDA error raises BrokenDeviceError."""
     table = select(op.name, device=case.device, dtype=case.dtype, names=names)
@@ -202,6 +202,8 @@ def run_case(
         between=lambda drawn: drawn.clear(),
         limit=op.limit,
         slow=slow,
+        # Targets are stated of these: their medians are of every round.
+        always=[impl.name for impl in table if impl.role == "pyrl" and impl.backend != "torch"],
     )
     others = busy.others()
     for name, error in broken.items():

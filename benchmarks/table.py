@@ -105,7 +105,10 @@ def cells(row: Row) -> list[str]:
         if "gbytes_per_second" in row
         else "–"
     )
-    spread = f"{number(row['ms_p50'])} ({number(row['ms_p20'])}–{number(row['ms_p80'])})"
+    spread = f"{number(row['ms_p20'])}–{number(row['ms_p80'])}"
+    if row.get("rounds") == 1:
+        spread = "once"
+    spread = f"{number(row['ms_p50'])} ({spread})"
     peak = "–" if row.get("peak_mib") is None else f"{row['peak_mib']:.0f}"
     return [name, version, spread, number(row.get("ratio_to_limit")), rate, peak, worst_error(row)]
 

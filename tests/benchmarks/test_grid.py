@@ -116,6 +116,10 @@ def test_slow_variants_sit_rounds_out_and_keep_their_pairs():
     samples = harness.interleave(calls, lambda i: i, rounds=6, device="cpu", limit="limit", slow=3)
     assert [math.isnan(v) for v in samples["slow"]] == [False, True, True, True, True, False]
     assert harness.Timing.of(samples["slow"]).rounds == 2
+    every = harness.interleave(
+        calls, lambda i: i, rounds=3, device="cpu", limit="limit", slow=3, always=["slow"]
+    )
+    assert not any(math.isnan(v) for v in every["slow"])
     assert 1 < harness.median_ratio(samples["slow"], samples["limit"]) < math.inf
 
 

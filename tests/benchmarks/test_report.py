@@ -68,6 +68,7 @@ def test_no_curve_without_three_sizes_and_no_picture_without_rows(tmp_path):
 def test_rates_of_a_gpu_read_in_teraflops():
     row = loss_rows()[0] | {"gflops": 612_345.0}
     assert table.cells(row)[4] == "612 TFLOP/s"
+    assert table.cells(row | {"rounds": 1})[2] == "512 (once)"
 
 
 def head_row(**changes):

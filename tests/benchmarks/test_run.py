@@ -74,3 +74,8 @@ def test_ctrl_c_says_where_the_finished_rows_are(tmp_path, fake, capsys, monkeyp
     monkeypatch.setattr(fake, "raises", KeyboardInterrupt())
     assert run.main(["--only", "packing", "--out", str(tmp_path)]) == 130
     assert f"what was finished is in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_folder_without_results_is_said(tmp_path, capsys):
+    assert run.main(["--only", "report", "--out", str(tmp_path)]) == 2
+    assert "no *.jsonl to report on" in capsys.readouterr().err
