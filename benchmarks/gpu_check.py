@@ -4,7 +4,9 @@
     python benchmarks/gpu_check.py --resume FOLDER    # go on from what an earlier run left there
 
 The parts of gpu_parts.py run in their order, in a process that is replaced when a part hangs or
-breaks it: a part that takes twice its budget is ended and the next one goes on. Rows go to
+breaks it: a part that takes twice its budget is ended and the next one goes on. An implementation
+that broke the device (a CUDA error) is left out of that part, which runs once more; one at which a
+part hung is left out when the part runs again. Rows go to
 $OUT/gpu_check.jsonl (default: benchmarks/results/) as each part ends, and what became of each part
 to $OUT/gpu_check_parts.jsonl. A part that is recorded there as done, for this device and this code,
 is skipped; --again runs it anew. A part is not begun when its budget would pass --minutes. Without
@@ -14,6 +16,7 @@ a CUDA device it says so and exits with 2; 1 means that a part failed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,8 +67,20 @@ def record(folder: Path, part: str, status: str, seconds: float, **fields: Any) 
     write_rows(folder / DONE, [row])
 
 
-def worker(results: Path, until: float, names: Sequence[str]) -> list[str]:
-    return [sys.executable, str(HERE / "gpu_parts.py"), str(results), str(until), *names]
+def culprits(folder: Path, device: str, code: str) -> set[tuple[str, str]]:
+    """(part, implementation) at which a part hung or broke the device, with this code."""
+    return {
+        (row["part"], row["at"]) for row in read_rows(folder / DONE)
+        if row.get("at") and (row["device"], row["code"]) == (device, code)
+    }  # fmt: skip
+
+
+def worker(
+    results: Path, until: float, names: Sequence[str], without: Iterable[tuple[str, str]] = ()
+) -> list[str]:
+    left_out = [f"{part}:{name}" for part, name in sorted(without) if part in names]
+    command = [sys.executable, str(HERE / "gpu_parts.py"), str(results), str(until), *names]
+    return [*command, "--without", *left_out] if left_out else command
 
 
 def _forward(stream: IO[str], lines: queue.Queue[str | None]) -> None:
@@ -81,16 +96,35 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
+@dataclasses.dataclass
+class _Now:
+    """What a worker is at: no part (it starts or is between parts), and since when."""
+
+    limit: float
+    part: Part | None = None
+    at: str = ""
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+
 def supervise(
     parts: Sequence[Part],
     until: float,
     command: Callable[[Sequence[str]], list[str]],
-    tell: Callable[[str, str, float, str], None],
+    tell: Callable[[str, str, float, str, str], bool | None],
     start_seconds: float = START_SECONDS,
 ) -> None:
     """Runs the parts in order, in as few processes as it takes; `tell(part, status, seconds,
-    reason)` once a part, status `ok`, `failed`, `timeout` or `skipped` (`until` is near)."""
+    reason, at)` once a part, status `ok`, `failed`, `broke` (the device), `timeout` or `skipped`
+    (`until` is near); `at` is the implementation last begun. Where it returns True the part runs
+    again."""
     left = {part.name: part for part in parts}
+
+    def ended(now: _Now, status: str, reason: str) -> None:
+        part = now.part or next(iter(left.values()))
+        seconds = 0.0 if status == "skipped" else time.monotonic() - now.began
+        if not tell(part.name, status, seconds, reason, now.at):
+            left.pop(part.name)
+
     while left:
         process = subprocess.Popen(
             command(list(left)), stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -98,34 +132,31 @@ def supervise(
         lines: queue.Queue[str | None] = queue.Queue()
         assert process.stdout is not None
         threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
-        current: Part | None = None
-        began, limit = time.monotonic(), start_seconds
+        now = _Now(limit=start_seconds)
         try:
             while left:
                 try:
-                    line = lines.get(timeout=max(0.0, began + limit - time.monotonic()))
+                    line = lines.get(timeout=max(0.0, now.began + now.limit - time.monotonic()))
                 except queue.Empty:
-                    hung = current or next(iter(left.values()))
-                    left.pop(hung.name)
-                    tell(hung.name, "timeout", time.monotonic() - began, f"ended at {limit:.0f} s")
+                    ended(now, "timeout", f"ended at {now.limit:.0f} s")
                     break
                 if line is None:
-                    broken = current or next(iter(left.values()))
-                    left.pop(broken.name)
-                    reason = f"the process ended with status {process.wait()}"
-                    tell(broken.name, "failed", time.monotonic() - began, reason)
+                    ended(now, "failed", f"the process ended with status {process.wait()}")
                     break
                 word, _, rest = line.partition(" ")
                 name, _, reason = rest.partition(" ")
                 if word == "@begin":
-                    current, began = left[name], time.monotonic()
-                    limit = PATIENCE * current.seconds
+                    now = _Now(part=left[name], limit=PATIENCE * left[name].seconds)
+                elif word == "@at":
+                    now.at = reason
+                elif word == "@broke":
+                    ended(now, "broke", reason)
+                    break
                 elif word in ("@end", "@failed", "@skip"):
-                    left.pop(name)
-                    status = {"@end": "ok", "@failed": "failed", "@skip": "skipped"}[word]
-                    seconds = 0.0 if word == "@skip" else time.monotonic() - began
-                    tell(name, status, seconds, reason)
-                    current, began, limit = None, time.monotonic(), start_seconds
+                    now.part, now.at = left[name], ""
+                    ended(now, {"@end": "ok", "@failed": "failed", "@skip": "skipped"}[word],
+                          reason)  # fmt: skip
+                    now = _Now(limit=start_seconds)
                 else:
                     print(line, flush=True)
         finally:
@@ -179,23 +210,33 @@ def main(given: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     states: dict[str, str] = {}
 
-    def tell(name: str, status: str, seconds: float, reason: str) -> None:
-        states[name] = status
+    left_out = culprits(out, device, code)
+
+    def tell(name: str, status: str, seconds: float, reason: str, at: str) -> bool:
+        if at and status in ("broke", "timeout", "failed"):
+            reason += f" (at {at})"
         print(f"== {name}: {status} {reason} ({seconds:.0f} s)", flush=True)
+        again = status in ("broke", "failed") and bool(at) and (name, at) not in left_out
+        if at and status != "ok":
+            left_out.add((name, at))
+        states[name] = status
         if status != "skipped":
-            record(out, name, status, seconds, reason=reason, device=device, code=code)
+            record(out, name, status, seconds, reason=reason, device=device, code=code, at=at)
+        return again
 
     until = time.time() + 60 * args.minutes
     parts = [p for p in wanted if p.name not in done]
-    supervise(parts, until, lambda names: worker(out / FILE, until, names), tell)
+    supervise(parts, until, lambda names: worker(out / FILE, until, names, left_out), tell)
     summary = {s: [n for n, state in states.items() if state == s] for s in set(states.values())}
     print(json.dumps({"done before": len(done), **{k: len(v) for k, v in summary.items()}}))
-    for status in ("failed", "timeout", "skipped"):
+    for part, name in sorted(left_out):
+        print(f"left out: {name} of {part}, which hung or broke the device")
+    for status in ("failed", "broke", "timeout", "skipped"):
         if status in summary:
             print(f"{status}: {' '.join(summary[status])}")
     if "skipped" in summary:
         print(f"run again with --resume {out} for what was not begun")
-    return int("failed" in summary or "timeout" in summary)
+    return int(bool({"failed", "broke", "timeout"} & set(summary)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """The parts of `make gpu-check`, the headline first, and the process that runs them one by one.
 
-python benchmarks/gpu_parts.py RESULTS.jsonl UNTIL NAME ...
+python benchmarks/gpu_parts.py RESULTS.jsonl UNTIL NAME ... [--without NAME:IMPLEMENTATION ...]
 
-Tells gpu_check.py what it does on standard output, a line each: `@begin NAME`, `@end NAME`,
-`@failed NAME reason`, `@skip NAME` (its budget would pass UNTIL, seconds since 1970).
+Tells gpu_check.py what it does on standard output, a line each: `@begin NAME`, `@at NAME
+IMPLEMENTATION`, `@end NAME`, `@failed NAME reason`, `@broke NAME reason` (a CUDA error, after which
+this process is of no use), `@skip NAME` (its budget would pass UNTIL, seconds since 1970).
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,7 +27,7 @@ from peers import Case
 from registry import select
 from row_peers import RowCase
 from small_peers import SmallCase
-from suite import op_named, run_case
+from suite import CANNOT, BrokenDeviceError, op_named, run_case
 from table import show
 
 #: Everything but what compiles or autotunes, which would cost half a minute a shape.
@@ -118,7 +121,7 @@ PARTS: tuple[Part, ...] = (
 )
 
 
-def run_part(part: Part, results: Path) -> list[dict[str, Any]]:
+def run_part(part: Part, results: Path, without: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The part's rows; RuntimeError where tests fail."""
     if part.kind == "tests":
         run_tests(part, results.parent)
@@ -129,9 +132,16 @@ def run_part(part: Part, results: Path) -> list[dict[str, Any]]:
         import gpu_sweeps
 
         return gpu_sweeps.run(part.name.removeprefix("sweep-"))
+
+    def say(text: str) -> None:
+        _, found, implementation = text.partition("checking ")
+        if found:
+            print(f"@at {part.name} {implementation}", flush=True)
+
+    # One call a timing: a second one would add to the gradients of the first.
     rows = run_case(
-        op_named(part.op), part.case, rounds=part.rounds, names=part.names, slow=8,
-        inner=1 if part.op == "linear_policy_loss" else 5, say=lambda text: None,
+        op_named(part.op), part.case, rounds=part.rounds, names=part.names, slow=8, say=say,
+        without=without,
     )  # fmt: skip
     if isinstance(part.case, SmallCase):
         add_launches(part, rows)
@@ -144,6 +154,8 @@ def run_tests(part: Part, folder: Path) -> None:
         sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
         "-m", "not slow and not vllm", *part.paths,
     ]  # fmt: skip
+    if importlib.util.find_spec("xdist") is not None:  # most of it is compiling, on the host
+        command += ["-n", "4"]
     with (folder / f"{part.name}.log").open("w") as log:
         done = subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT)
     lines = (folder / f"{part.name}.log").read_text(errors="replace").strip().splitlines()
@@ -180,31 +192,46 @@ def add_launches(part: Part, rows: list[dict[str, Any]]) -> None:
     """`kernels` and `host_waits` for the implementations of a [T]-sized op."""
     inputs = op_named(part.op).draw(part.case, 0)
     for impl in select(part.op, device="cuda", dtype=part.case.dtype):
-        row = next(r for r in rows if r["implementation"] == impl.name)
-        if row["status"] == "ok":
+        row = next((r for r in rows if r["implementation"] == impl.name), None)
+        if row is not None and row["status"] == "ok":
             call = impl.make(part.case)
-            row.update(launches(lambda call=call: call(inputs)))
             inputs.clear()
+            try:
+                row.update(launches(lambda call=call: call(inputs)))
+            except RuntimeError as error:  # the times stand without it
+                row["host_waits"] = f"not counted: {error}".splitlines()[0][:160]
 
 
 def main(arguments: Sequence[str]) -> int:
-    results, until = Path(arguments[0]), float(arguments[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("results", type=Path)
+    parser.add_argument("until", type=float)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--without", nargs="+", default=[])
+    args = parser.parse_args(arguments)
     by_name = {part.name: part for part in PARTS}
-    for name in arguments[2:]:
+    for name in args.names:
         part = by_name[name]
-        if time.time() + part.seconds > until:
+        if time.time() + part.seconds > args.until:
             print(f"@skip {name}", flush=True)
             continue
         print(f"@begin {name}", flush=True)
+        without = [w.removeprefix(f"{name}:") for w in args.without if w.startswith(f"{name}:")]
         try:
-            rows = run_part(part, results)
+            rows = run_part(part, args.results, without)
+        except BrokenDeviceError as error:
+            print(f"@at {name} {error.implementation}", flush=True)
+            print(f"@broke {name} {error}", flush=True)
+            return 1
         # What a part may raise: its own checks, the CUDA runtime, a missing module of a sweep.
-        except (RuntimeError, ValueError, TypeError, ImportError, AttributeError, OSError) as error:
-            print(f"@failed {name} {type(error).__name__}: {error}".splitlines()[0], flush=True)
-            if "CUDA error" in str(error):
-                return 1  # nothing works in a process whose context is broken
+        except CANNOT as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            broke = "CUDA error" in str(error)
+            print(f"{'@broke' if broke else '@failed'} {name} {reason}", flush=True)
+            if broke:
+                return 1
             continue
-        write_rows(results, [{**row, "part": name} for row in rows])
+        write_rows(args.results, [{**row, "part": name} for row in rows])
         if rows:
             show(rows)
         print(f"@end {name}", flush=True)

@@ -140,7 +140,7 @@ def run(sweep: str) -> list[dict[str, Any]]:
         calls[label] = call
     samples = interleave(
         calls, lambda i: op.draw(case, 1 + i), rounds=rounds, device=case.device,
-        inner=1 if sweep == "chunk" else 5, between=lambda drawn: drawn.clear(),
+        between=lambda drawn: drawn.clear(),
     )  # fmt: skip
     first = next(iter(samples.values()))
     for label, each in samples.items():

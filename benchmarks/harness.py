@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ RESULTS = HERE / "results"
 MIB = 1024.0 * 1024.0
 #: Larger than any last-level cache (H100: 50 MiB of L2); written before each timed CUDA call.
 FLUSH_BYTES = 256 * 1024 * 1024
+#: Times that it is written: about 0.3 ms of an H100, in which the host queues what is timed.
+FLUSHES = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,13 +80,15 @@ def median_ratio(samples: Sequence[float], limit: Sequence[float]) -> float:
 
 
 def timed_ms(call: Callable[[], Any], device: str, flush: torch.Tensor | None = None) -> float:
-    """Milliseconds of one call; device events on CUDA, the host clock elsewhere."""
+    """Milliseconds of one call; device events on CUDA, the host clock elsewhere. The device is
+    still writing `flush` when the call is queued, which hides the host's part of a short call."""
     if device == "cuda":
-        if flush is not None:
-            flush.zero_()
         start = torch.cuda.Event(enable_timing=True)
         stop = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        if flush is not None:
+            for _ in range(FLUSHES):
+                flush.zero_()
         start.record()
         call()
         stop.record()
@@ -104,12 +108,14 @@ def interleave(
     seed: int = 0,
     inner: int = 1,
     between: Callable[[Any], None] | None = None,
-    slow_ms: float = math.inf,
+    limit: str = "",
+    slow: float = math.inf,
+    always: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Milliseconds per variant and round. `draw(round)` makes that round's inputs; `between` (for
     example dropping gradients) runs untimed before every call; `inner` repeats a short call inside
-    one timing and divides. A variant whose first round took longer than `slow_ms` runs only in
-    every third round; the others are NaN."""
+    one timing and divides. A variant that took longer than `slow` times `limit`, which opens the
+    first round, runs in every fifth round only, unless named in `always`; the others are NaN."""
     order = list(calls)
     shuffler = random.Random(seed)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if device == "cuda" else None
@@ -117,8 +123,9 @@ def interleave(
     for i in range(rounds):
         inputs = draw(i)
         shuffler.shuffle(order)
-        for name in order:
-            if i % 5 and samples[name][0] > slow_ms:
+        for name in sorted(order, key=lambda name: i > 0 or name != limit):
+            rests = i % 5 and limit in calls and name not in always
+            if rests and samples[name][0] > slow * samples[limit][0]:
                 samples[name].append(math.nan)
                 continue
             if between is not None:
@@ -133,6 +140,34 @@ def interleave(
         if between is not None:
             between(inputs)
     return samples
+
+
+class BusyCores:
+    """Cores that other processes kept busy between the construction and `others()`."""
+
+    def __init__(self) -> None:
+        self.began, self.start = time.perf_counter(), self._seconds()
+
+    def others(self) -> float | None:
+        """None where the system does not say (no /proc/stat)."""
+        now = self._seconds()
+        if now is None or self.start is None:
+            return None
+        seconds = time.perf_counter() - self.began
+        # Both counts go in hundredths of a second: a short span can come out below zero.
+        return round(max(0.0, now - self.start) / max(seconds, 1e-9), 2) + 0.0
+
+    @staticmethod
+    def _seconds() -> float | None:
+        """CPU seconds of the machine (user, nice, system, interrupts) less this process' own."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _idle, _waiting, irq, softirq = map(int, fields[:7])
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return busy - own.user - own.system - own.children_user - own.children_system
 
 
 # ---- peak memory -------------------------------------------------------------------------------
@@ -231,6 +266,14 @@ def run_child(script: str, *args: str, timeout: float = 600.0) -> dict[str, Any]
 # ---- provenance and result files ---------------------------------------------------------------
 
 
+def known_or_raise(benchmark: str, names: Iterable[str] | None, known: Iterable[str]) -> None:
+    """ValueError names the first of `names` that `benchmark` does not have."""
+    known = sorted(set(known))
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"{benchmark} has no implementation {name!r}: expected one of {known}")
+
+
 def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -252,7 +295,8 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with `+` when files differ from it; `unknown` outside git."""
+    """Short hash of the checkout, with `+` when files differ from it (results of benchmarks, which
+    a run itself writes, are no difference); `unknown` outside git."""
 
     def git(*args: str) -> str:
         run = subprocess.run(
@@ -262,7 +306,8 @@ def commit() -> str:
 
     try:
         head = git("rev-parse", "--short", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        made = (":!benchmarks/results", ":!benchmarks/RESULTS.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *made)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")
@@ -270,7 +315,7 @@ def commit() -> str:
 
 def conditions(device: str) -> dict[str, Any]:
     """What every row says about where and when it was taken. `load` is the machine's load average
-    before the run: above ~0.5 on an idle-machine figure, other work shared the cores."""
+    before the run, this process' own earlier work included."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -294,7 +339,13 @@ def row_key(row: Mapping[str, Any]) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = []
+    for at, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {at}: {error}") from error
+    return rows
 
 
 def case_key(row: Mapping[str, Any]) -> str:

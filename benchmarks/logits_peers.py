@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from library_peers import kept_target
-from peers import CLIP, clip_loss
+from peers import CLIP, Rows, clip_loss, draw_labels
 from torch import Tensor
 
 #: Rows of z handled at once where a float64 or fp32 copy is made.
@@ -22,20 +22,8 @@ ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitsCase:
+class LogitsCase(Rows):
     """N rows of V logits and the share of them with loss."""
-
-    tokens: int
-    vocab: int
-    dtype: str = "float32"
-    kept_share: float = 1.0
-    device: str = "cpu"
-    length: int = 128
-    """Tokens a sequence; the advantage is constant inside one."""
-
-    @property
-    def kept_tokens(self) -> int:
-        return max(1, round(self.tokens * self.kept_share))
 
     @property
     def shape(self) -> list[int]:
@@ -92,13 +80,8 @@ def draw(case: LogitsCase, seed: int) -> LogitsInputs:
     """New inputs: standard normal logits; no ratio is clipped."""
     rng = torch.Generator(device=case.device).manual_seed(seed)
     n, device = case.tokens, case.device
-    z = torch.randn(n, case.vocab, generator=rng, device=device).to(getattr(torch, case.dtype))
-    target = torch.randint(case.vocab, (n,), generator=rng, device=device)
-    sequences = -(-n // case.length)
-    each = torch.randn(sequences, generator=rng, device=device)
-    advantage = each.repeat_interleave(case.length)[:n].contiguous()
-    keep = torch.zeros(n, dtype=torch.bool, device=device)
-    keep[torch.randperm(n, generator=rng, device=device)[: case.kept_tokens]] = True
+    z = torch.randn(n, case.vocab, generator=rng, device=device).to(case.torch_dtype)
+    target, advantage, keep = draw_labels(case, rng)
     logprob = [
         -F.cross_entropy(part.float(), y, reduction="none")
         for part, y in zip(z.split(ROWS), target.split(ROWS), strict=True)

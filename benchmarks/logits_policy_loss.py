@@ -9,19 +9,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from harness import write_rows
+from cells import Cell, run_cells
 from logits_peers import LogitsCase
-from suite import op_named, run_case
 
 NAME = "logits_policy_loss"
-#: SmolLM2's vocabulary; [N, V] is 192 MiB in fp32, beyond every cache.
-FULL = tuple(
-    {"tokens": 1024, "vocab": 49152, "dtype": dtype, "kept_share": kept}
-    for dtype in ("float32", "bfloat16")
-    for kept in (1.0, 0.5)
+#: Slower than this times a copy: timed in every fifth round.
+SLOW = 20
+#: Whose peak memory is measured: in bf16, and in fp32.
+HELD = ("naive", "torch.compile", "trl", "pyrl-cpu", "pyrl-cpu-inplace")
+SOME = ("naive", "pyrl-cpu", "pyrl-cpu-inplace")
+
+
+def cell(dtype: str, kept: float = 1.0, **options: Any) -> Cell:
+    """SmolLM2's vocabulary; [N, V] is 96 MiB in bf16, beyond every cache."""
+    case = LogitsCase(tokens=1024, vocab=49152, dtype=dtype, kept_share=kept)
+    return Cell(case=case, rounds=5, slow=SLOW, **options)
+
+
+DTYPES = ("float32", "bfloat16")
+GRID: tuple[Cell, ...] = (
+    cell("float32", memory=SOME),
+    cell("bfloat16", memory=HELD),
+    # At half the rows the same code runs: no second look at its memory.
+    *(cell(dtype, 0.5, extra=True) for dtype in DTYPES),
 )
-QUICK = ({"tokens": 256, "vocab": 4096, "dtype": "float32"},)
+QUICK = (Cell(case=LogitsCase(tokens=256, vocab=4096, dtype="float32"), rounds=3),)
 
 
 def run(
@@ -33,16 +45,8 @@ def run(
     names: tuple[str, ...] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Rows of every case, written to `out`/logits_policy_loss.jsonl."""
-    rows: list[dict[str, Any]] = []
-    for fields in QUICK if quick else FULL:
-        torch._dynamo.reset()
-        case = LogitsCase(**fields)
-        # At half the rows the same code runs: no second look at its memory.
-        memory = not quick and case.kept_share == 1
-        rows += run_case(
-            op_named(NAME), case, rounds=rounds or (3 if quick else 5), names=names,
-            memory=memory, slow=20, say=say,
-        )  # fmt: skip
-    write_rows(out / f"{NAME}.jsonl", rows, whole_cases=names is None)
-    return rows
+    """Rows of every cell, written to `out`/logits_policy_loss.jsonl as each one ends."""
+    return run_cells(
+        NAME, QUICK if quick else GRID, out, everything=everything, rounds=rounds, names=names,
+        say=say,
+    )  # fmt: skip

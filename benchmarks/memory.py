@@ -4,8 +4,8 @@
 
 SmolLM2-135M, one micro-batch of 8 sequences x 256 tokens (64 of prompt): backbone, clip loss,
 backward, AdamW step. Each variant runs in a fresh process, one after the other; `peak` is the
-resident memory's high-water mark over one more step after the timed ones, the interpreter with
-torch and transformers included. `saved` is what the backbone keeps for its backward (parameters
+resident memory's high-water mark over the last timed step, the interpreter with torch and
+transformers included. `saved` is what the backbone keeps for its backward (parameters
 left out), `on the GPU` what of it would stay there with `offload_activations`; both are counted,
 and the same on a device that runs the same ops. `a sampled token` is one decode step of 16 rows of
 the transformers engine.
@@ -29,6 +29,7 @@ import torch
 from harness import (
     MIB,
     conditions,
+    known_or_raise,
     peak_resident_mib,
     reset_peak,
     run_child,
@@ -51,15 +52,18 @@ class Variant:
     lora_rank: int = 0
     quantize: str = "none"
     gradient_checkpointing: bool = False
+    extra: bool = False
+    """Only with --all, or by name."""
 
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant(name="all weights", dtype="float32"),
+    Variant(name="all weights", dtype="float32", extra=True),
     Variant(name="all weights"),
     Variant(name="all weights, checkpointing", gradient_checkpointing=True),
-    Variant(name=f"LoRA {RANK}", lora_rank=RANK),
-    Variant(name=f"LoRA {RANK}, checkpointing", lora_rank=RANK, gradient_checkpointing=True),
-    Variant(name=f"LoRA {RANK}, int8", lora_rank=RANK, quantize="int8"),
+    Variant(name=f"LoRA {RANK}", lora_rank=RANK, extra=True),
+    Variant(name=f"LoRA {RANK}, checkpointing", lora_rank=RANK, gradient_checkpointing=True,
+            extra=True),
+    Variant(name=f"LoRA {RANK}, int8", lora_rank=RANK, quantize="int8", extra=True),
     Variant(
         name=f"LoRA {RANK}, int8, checkpointing", lora_rank=RANK, quantize="int8",
         gradient_checkpointing=True,
@@ -78,15 +82,12 @@ def run(
 ) -> list[dict[str, Any]]:
     """Rows of every variant, written to `out`/memory.jsonl as each one ends. `rounds` counts the
     measured steps."""
-    known = [v.name for v in VARIANTS]
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"memory has no variant {name!r}: expected one of {known}")
+    known_or_raise(NAME, names, (v.name for v in VARIANTS))
     sequences, length = (2, 32) if quick else (8, 256)
     run_id = uuid.uuid4().hex[:8]
     rows = []
     for variant in VARIANTS:
-        if names and variant.name not in names:
+        if variant.name not in names if names else variant.extra and not (everything or quick):
             continue
         say(f"memory: {variant.name}, {variant.dtype}, in a fresh process")
         steps = 1 + (rounds or (5 if everything else 1))
@@ -164,15 +165,14 @@ def measure(variant: Variant, work: dict[str, int]) -> dict[str, Any]:
 
     moved, kept = saved_bytes(policy.model, hidden)
     step()  # allocates the moments
+    return_freed_memory()
     seconds = []
     for _ in range(work["steps"] - 1):
+        trim()
+        reset_peak()
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    return_freed_memory()
-    trim()
-    reset_peak()
-    step()
     peak = peak_resident_mib()
     parameters = list(policy.model.parameters())
     state = optimizer.state_dict()
@@ -191,7 +191,7 @@ def measure(variant: Variant, work: dict[str, int]) -> dict[str, Any]:
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
         "ms_token": round(decode_ms(policy, work["sampled"]), 1),
     }
-    if variant.quantize == "int8":
+    if variant.quantize == "int8" and not variant.gradient_checkpointing:  # the same weights
         del optimizer
         found |= logprob_error(policy, variant)
     return found
@@ -216,12 +216,12 @@ def decode_ms(policy: Any, tokens: int) -> float:
     from pyrl.rollout import SamplingParams, make_rollout
 
     engine = make_rollout(policy=policy)
-    params = SamplingParams(n=16, max_new_tokens=tokens)
     times = []
-    for i in range(2):  # the first warms up
+    for i, new in enumerate((2, tokens)):  # the first warms up
+        params = SamplingParams(n=16, max_new_tokens=new)
         began = time.perf_counter()
         engine.generate([list(range(20, 36))], params, seed=i)
-        times.append((time.perf_counter() - began) * 1e3 / tokens)
+        times.append((time.perf_counter() - began) * 1e3 / new)
     return times[-1]
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Timing, conditions, version_of, write_rows
+from harness import Timing, conditions, known_or_raise, version_of, write_rows
 
 NAME = "packing"
 CAPACITY = 4096
@@ -125,6 +125,7 @@ def run(
     where = conditions("cpu")
     rows = []
     table: dict[str, Callable[..., np.ndarray] | None] = {"pyrl-native": None, **planners()}
+    known_or_raise(NAME, names, [*table, TREE])
     for kind in ("uniform 16-160", "log-normal 300"):
         for name, plan in table.items():
             if names and name not in names:

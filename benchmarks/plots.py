@@ -78,33 +78,33 @@ def cut(values: Sequence[float], text: str) -> tuple[list[float], list[str]]:
 
 
 def bars(rows: Sequence[Row], path: Path) -> Path | None:
-    """Time over the limit and peak memory at the shape where most implementations were timed; a
-    line of axes a dtype."""
+    """Time over the limit and peak memory, a line of axes a dtype: at the shape where most
+    implementations were timed in it, the largest of those."""
     full = [r for r in timed(rows) if r["kept_share"] == 1 and r["role"] != "limit"]
     if not full:
         return None
-    shapes = [tuple(r["shape"]) for r in full]
-    shape = max(sorted(set(shapes)), key=shapes.count)
-    full = [r for r in full if tuple(r["shape"]) == shape]
-    dtypes = sorted({r["dtype"] for r in full}, reverse=True)
-    by_dtype = [
-        sorted((r for r in full if r["dtype"] == d), key=lambda r: -r["ratio_to_limit"])
-        for d in dtypes
-    ]
+    by_dtype = []
+    for dtype in sorted({r["dtype"] for r in full}, reverse=True):
+        shapes = [tuple(r["shape"]) for r in full if r["dtype"] == dtype]
+        shape = max(sorted(set(shapes), reverse=True), key=shapes.count)
+        members = [r for r in full if r["dtype"] == dtype and tuple(r["shape"]) == shape]
+        by_dtype.append(sorted(members, key=lambda r: -r["ratio_to_limit"]))
     heights = [len(members) + 2.5 for members in by_dtype]
     figure, axes = plt.subplots(
-        len(dtypes), 2, figsize=(10, 1.1 + 0.24 * sum(heights)), squeeze=False,
+        len(by_dtype), 2, figsize=(10, 1.1 + 0.24 * sum(heights)), squeeze=False,
         layout="constrained", height_ratios=heights,
     )  # fmt: skip
-    for (left, right), dtype, members in zip(axes, dtypes, by_dtype, strict=True):
+    for (left, right), members in zip(axes, by_dtype, strict=True):
+        what = f"{members[0]['dtype']}, {shape_name(members[0])}"
         names = [r["implementation"] for r in members]
         colours = [COLOURS[r["role"]] for r in members]
         lengths, labels = cut([r["ratio_to_limit"] for r in members], "×{:.2f}")
+        left.axvline(1, color=COLOURS["limit"], linestyle="--", linewidth=1, zorder=0.5)
         left.bar_label(
-            left.barh(names, lengths, color=colours), labels, padding=3, fontsize=8, color=INK
-        )
-        left.axvline(1, color=COLOURS["limit"], linestyle="--", linewidth=1)
-        left.set_title(f"{dtype}: time / bare products", fontsize=9, loc="left")
+            left.barh(names, lengths, color=colours), labels, padding=3, fontsize=8, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )  # fmt: skip
+        left.set_title(f"{what}: time / bare products", fontsize=9, loc="left")
         left.set_xlabel("times the limit (dashed: 1)", fontsize=8, color=INK)
         peaks = [r.get("peak_mib") for r in members]
         lengths, labels = cut([p or 0.0 for p in peaks], "{:.0f}")
@@ -116,16 +116,17 @@ def bars(rows: Sequence[Row], path: Path) -> Path | None:
         )
         grads = max((r.get("grads_mib") or 0.0 for r in members), default=0.0)
         right.axvline(grads, color=COLOURS["limit"], linestyle="--", linewidth=1)
-        right.set_title(f"{dtype}: peak memory above the inputs", fontsize=9, loc="left")
+        right.set_title("peak memory above the inputs", fontsize=9, loc="left")
         right.set_xlabel(f"MiB (dashed: the gradients' own {grads:.0f})", fontsize=8, color=INK)
         right.set_yticks(range(len(names)), [""] * len(names))
         for axis in (left, right):
             tidy(axis)
             axis.margins(x=0.2)
     return finish(
-        figure, f"Hidden states to policy loss, forward + backward, {shape_name(full[0])}",
-        "Medians over rounds of the ratio to the three matrix products timed in the same round; "
-        "memory in a fresh process.\n" + conditions_line(full), path,
+        figure, "Hidden states to policy loss, forward + backward",
+        "Orange: this package. Medians over rounds of the ratio to the three matrix products timed "
+        "in the same round; memory in a fresh process.\n"
+        + conditions_line([r for members in by_dtype for r in members]), path,
     )  # fmt: skip
 
 

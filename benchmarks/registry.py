@@ -16,7 +16,7 @@ import logits_peers
 import peers
 import row_peers
 import small_peers
-from harness import version_of
+from harness import known_or_raise, version_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,18 +160,18 @@ REGISTRY: tuple[Implementation, ...] = (
 )  # fmt: skip
 
 
+def known_names(op: str) -> list[str]:
+    """Of every row of `op`, whatever device it needs."""
+    return [row.name for row in REGISTRY if row.op == op]
+
+
 def select(
     op: str, *, device: str, dtype: str, names: tuple[str, ...] | None = None
 ) -> list[Implementation]:
     """The rows of `op` that exist for this device and dtype, in the table's order."""
     rows = [r for r in REGISTRY if r.op == op and r.cannot(device, dtype) is None]
     if names is not None:
-        known = {r.name for r in REGISTRY if r.op == op}
-        for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"{op} has no implementation {name!r}: expected one of {sorted(known)}"
-                )
+        known_or_raise(op, names, known_names(op))
         rows = [r for r in rows if r.name in names]
     return rows
 

@@ -8,16 +8,21 @@
     python benchmarks/run.py --only report            # RESULTS.md and the plots again, no timing
 
 Results go to benchmarks/results/NAME.jsonl (quick ones to results/quick/), one object a line; a new
-row replaces the older row of the same measurement.
+row replaces the older row of the same measurement. Ctrl-C keeps what is finished. Exit status: 0, 1
+(a part broke; the others ran), 2 (bad arguments), 130 (interrupted).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
+from suite import CANNOT
 from table import print_cells, terminal
 
 BENCHMARKS = (
@@ -50,34 +55,65 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def cannot_write(folder: Path) -> str | None:
+    """Why no file can be made in `folder`, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"--out {folder}: {error.strerror or error}"
+
+
 def main(given: list[str] | None = None) -> int:
     args = arguments(given)
     console = terminal()
     out = args.out or HERE / "results" / ("quick" if args.quick else "")
+    if problem := cannot_write(out):
+        print(problem, file=sys.stderr)
+        return 2
     names = tuple(args.implementations) if args.implementations else None
     chosen = [args.only] if args.only else [*BENCHMARKS]
     if args.static:
         chosen = ["static"]
     spent: dict[str, float] = {}
-    for benchmark in chosen:
-        if benchmark == "report":
-            continue
-        began = time.perf_counter()
-        module = importlib.import_module(benchmark)
-        rows = module.run(
-            out, quick=args.quick, everything=args.all, rounds=args.rounds, names=names,
-            say=lambda text: console.print(f"[dim]{text}"),
-        )  # fmt: skip
-        getattr(module, "show", importlib.import_module("table").show)(rows)
-        spent[benchmark] = time.perf_counter() - began
-    if not args.quick:
-        began = time.perf_counter()
-        report = importlib.import_module("report")
-        for path in report.write(out):
-            console.print(f"wrote {path}")
-        spent["report"] = time.perf_counter() - began
+    broken: list[str] = []
+    try:
+        for benchmark in chosen:
+            if benchmark == "report":
+                continue
+            began = time.perf_counter()
+            module = importlib.import_module(benchmark)
+            try:
+                rows = module.run(
+                    out, quick=args.quick, everything=args.all, rounds=args.rounds, names=names,
+                    say=lambda text: console.print(f"[dim]{text}"),
+                )  # fmt: skip
+                getattr(module, "show", importlib.import_module("table").show)(rows)
+            except CANNOT as error:
+                if names and isinstance(error, ValueError):  # a name that no row has
+                    print(error, file=sys.stderr)
+                    return 2
+                traceback.print_exc()
+                broken.append(benchmark)
+            spent[benchmark] = time.perf_counter() - began
+        if not args.quick or args.only == "report":
+            began = time.perf_counter()
+            report = importlib.import_module("report")
+            try:
+                for path in report.write(out):
+                    console.print(f"wrote {path}")
+            except ValueError as error:  # nothing to report on, a line that is no JSON
+                print(error, file=sys.stderr)
+                return 2
+            spent["report"] = time.perf_counter() - began
+    except KeyboardInterrupt:
+        print(f"interrupted; what was finished is in {out}", file=sys.stderr)
+        return 130
     show_seconds(spent)
-    return 0
+    if broken:
+        print(f"broke (see above): {', '.join(broken)}", file=sys.stderr)
+    return int(bool(broken))
 
 
 def show_seconds(spent: dict[str, float]) -> None:

@@ -3,7 +3,8 @@
     python benchmarks/run.py --only shared_prefix
 
 SmolLM2-135M in bf16 over fp32 masters; 4 prompts x 8 completions, 4096 prompt and completion tokens
-in all, of which the prompts are 20, 50 or 80 percent; rows of 2048 computed tokens. One call is
+in all, of which the prompts are 50 percent (`--all`: 20 and 80 too); rows of 2048 computed tokens.
+One call is
 what the trainer's update is: pack, forward, clipped loss, backward of every row, AdamW. Rounds
 interleave the variants on new random tokens; a ratio is the median over rounds. `tokens` are the
 computed ones, `tokens_ratio` what the time would be if it followed them alone.
@@ -17,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, conditions, interleave, median_ratio, version_of, write_rows
+from harness import (
+    Timing,
+    conditions,
+    interleave,
+    known_or_raise,
+    median_ratio,
+    version_of,
+    write_rows,
+)
 
 NAME = "shared_prefix"
 PROMPTS, COMPLETIONS, LENGTH, BUDGET = 4, 8, 128, 2048
@@ -42,6 +51,7 @@ def run(
     from pyrl.trainer.optimizer import MasterAdamW
     from pyrl.trainer.rows import pack_rows, policy_loss
 
+    known_or_raise(NAME, names, VARIANTS)
     where = conditions("cpu")
     policy = load_policy("smollm2-135m", dtype=torch.bfloat16, check=False)
     optimizer, spec = MasterAdamW(policy.model, OptimizerConfig()), LossSpec()
@@ -60,11 +70,11 @@ def run(
     chosen = [name for name in VARIANTS if not names or name in names or name == "plain"]
     calls = {name: functools.partial(update, packing=name) for name in chosen}
     rows: list[dict[str, Any]] = []
-    least = functools.partial(draw_samples, prompts=prompts, length=length, share=SHARES[-1])
+    least = functools.partial(draw_samples, prompts=1, length=length, share=SHARES[-1])
     for call in calls.values():  # warm-up; shapes of rows differ from draw to draw anyway
         call(least(2**31))
     rounds = rounds or (1 if quick else 5 if everything else 2)
-    for share in SHARES[1:2] if quick else SHARES:
+    for share in SHARES if everything else SHARES[1:2]:
         draw = functools.partial(draw_samples, prompts=prompts, length=length, share=share)
         say(f"shared_prefix: prompts are {share:.0%} of the tokens")
         times = interleave(calls, draw, rounds=rounds, device="cpu")

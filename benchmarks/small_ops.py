@@ -9,10 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from harness import write_rows
+from cells import Cell, run_cells
 from small_peers import SmallCase
-from suite import op_named, run_case
 
 NAME = "small_ops"
 OPS = ("policy_objective", "group_advantage")
@@ -35,19 +33,13 @@ def run(
     say: Callable[[str], None] = print,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Rows of both ops, written to `out`/small_ops.jsonl."""
-    rows: list[dict[str, Any]] = []
-    for op in OPS:
-        torch._dynamo.reset()
-        case = SmallCase(op=op, tokens=QUICK_TOKENS if quick else FULL_TOKENS, device=device)
-        rows += run_case(
-            op_named(op),
-            case,
-            rounds=rounds or (3 if quick else 5),
-            names=names,
-            memory=HELD if not quick and device == "cpu" else False,
-            slow=SLOW,
-            say=say,
+    """Rows of both ops, written to `out`/small_ops.jsonl as each one ends."""
+    tokens = QUICK_TOKENS if quick else FULL_TOKENS
+    cells = [
+        Cell(
+            op=op, case=SmallCase(op=op, tokens=tokens, device=device), rounds=3 if quick else 5,
+            memory=HELD if device == "cpu" else False, slow=SLOW,
         )
-    write_rows(out / f"{NAME}.jsonl", rows, whole_cases=names is None)
-    return rows
+        for op in OPS
+    ]  # fmt: skip
+    return run_cells(NAME, cells, out, memory=not quick, rounds=rounds, names=names, say=say)

@@ -10,18 +10,18 @@ import json
 import math
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from harness import (
+    BusyCores,
     Timing,
     conditions,
     interleave,
     measure_peak,
     median_ratio,
     run_child,
-    timed_ms,
 )
 from registry import Implementation, elsewhere, find, select
 
@@ -33,77 +33,60 @@ RULE = {"float32": 5e-6, "bfloat16": 1e-3}
 GATE = {"float32": 1e-4, "bfloat16": 1e-2}
 #: The same for log-probs rounded to bf16: 2^-9 of |log-prob| = 11 is 2 % of a token's gradient.
 GATE_ROUNDED = {"float32": 1e-4, "bfloat16": 5e-2}
-#: What an implementation may raise to say that it cannot run here.
-CANNOT = (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError)
+#: What an implementation may raise to say that it cannot run here, other people's bugs included.
+CANNOT = (
+    ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError,
+    AssertionError, LookupError, ArithmeticError, OSError, MemoryError,
+)  # fmt: skip
+#: Op -> the module that draws its inputs and has its float64 answer, and its class of cases.
+HOMES = {
+    "linear_policy_loss": ("peers", "Case"),
+    "logits_policy_loss": ("logits_peers", "LogitsCase"),
+    "policy_objective": ("small_peers", "SmallCase"),
+    "group_advantage": ("small_peers", "SmallCase"),
+    "logits_stats": ("row_peers", "RowCase"),
+    "logits_grad": ("row_peers", "RowCase"),
+}
+
+
+class BrokenDeviceError(RuntimeError):
+    """A CUDA error that `implementation` caused: nothing works in this process any more."""
+
+    def __init__(self, implementation: str, error: BaseException) -> None:
+        super().__init__(f"{implementation}: {error}".splitlines()[0][:200])
+        self.implementation = implementation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Op:
-    """What the suite needs to know of an op: its inputs, its float64 answer, and its rate."""
+    """What the suite needs to know of an op: its inputs, its float64 answer, and its limit."""
 
     name: str
     case: Callable[..., Any]
     draw: Callable[[Any, int], Any]
     reference: Callable[[Any], Any]
     limit: str
-    rate: Callable[[Any, float], dict[str, float]]
-    """rate(case, seconds) -> {"gflops": ...} or {"gbytes_per_second": ...}"""
 
-
-def _loss_op() -> Op:
-    peers = importlib.import_module("peers")
-    return Op(
-        name="linear_policy_loss",
-        case=peers.Case,
-        draw=peers.draw,
-        reference=peers.reference,
-        limit="gemm",
-        rate=lambda case, seconds: {"gflops": round(case.flops / seconds / 1e9, 1)},
-    )
-
-
-def _small_op(name: str) -> Op:
-    small = importlib.import_module("small_peers")
-    return Op(
-        name=name,
-        case=small.SmallCase,
-        draw=small.draw,
-        reference=small.reference,
-        limit="copy",
-        rate=lambda case, seconds: {"gbytes_per_second": round(case.bytes / seconds / 1e9, 2)},
-    )
-
-
-def _logits_op(name: str) -> Op:
-    logits = importlib.import_module("logits_peers")
-    return Op(
-        name=name,
-        case=logits.LogitsCase,
-        draw=logits.draw,
-        reference=logits.reference,
-        limit="copy",
-        rate=lambda case, seconds: {"gbytes_per_second": round(case.bytes / seconds / 1e9, 2)},
-    )
-
-
-def _row_op(name: str) -> Op:
-    rows = importlib.import_module("row_peers")
-    return Op(
-        name=name,
-        case=rows.RowCase,
-        draw=rows.draw,
-        reference=rows.reference,
-        limit="copy",
-        rate=lambda case, seconds: {"gbytes_per_second": round(case.bytes / seconds / 1e9, 2)},
-    )
+    @staticmethod
+    def rate(case: Any, seconds: float) -> dict[str, float]:
+        """{"gflops": ...} of a case that counts flops, {"gbytes_per_second": ...} of bytes."""
+        if hasattr(case, "flops"):
+            return {"gflops": round(case.flops / seconds / 1e9, 1)}
+        return {"gbytes_per_second": round(case.bytes / seconds / 1e9, 2)}
 
 
 def op_named(name: str) -> Op:
-    if name == "linear_policy_loss":
-        return _loss_op()
-    if name == "logits_policy_loss":
-        return _logits_op(name)
-    return _row_op(name) if name.startswith("logits_") else _small_op(name)
+    if name not in HOMES:
+        raise ValueError(f"no op {name!r}: expected one of {sorted(HOMES)}")
+    module_name, case = HOMES[name]
+    module = importlib.import_module(module_name)
+    return Op(
+        name=name,
+        case=getattr(module, case),
+        draw=module.draw,
+        reference=module.reference,
+        limit="gemm" if name == "linear_policy_loss" else "copy",
+    )
 
 
 def errors_of(output: Any, truth: Any) -> dict[str, float]:
@@ -137,16 +120,22 @@ def run_case(
     seed: int = 0,
     slow: float = math.inf,
     check: bool = True,
+    without: Sequence[str] = (),
+    absent: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Rows for every implementation of `op` at `case`, or for `names`; without names, those that
-    cannot run here are rows that say why. `memory` may name whose peak is measured. A variant
-    slower than `slow` times the limit is timed in every fifth round only; without
-    `check` nothing is compared with float64 (a large N repeats what a smaller one showed)."""
+    """Rows for every implementation of `op` at `case`, or for `names`; without names or if
+    `absent`, those that cannot run here are rows that say why. `memory` may name whose peak is
+    measured. A peer slower than `slow` times the limit is timed in every fifth round only;
+    without `check` nothing is compared with float64 (a large N repeats what a smaller one showed);
+    `without` names what is left out. A CUDA error raises BrokenDeviceError."""
     table = select(op.name, device=case.device, dtype=case.dtype, names=names)
     where = conditions(case.device)
     run = uuid.uuid4().hex[:8]
     rows = {impl.name: _blank(op, impl, case, where, run) for impl in table}
+    for name in set(without) & set(rows):
+        rows[name].update(status="failed", reason="left out: it hung or broke the device here")
+    table = [impl for impl in table if impl.name not in without]
     calls: dict[str, Callable[[Any], Any]] = {}
 
     inputs = op.draw(case, seed)
@@ -159,10 +148,9 @@ def run_case(
         try:
             call = impl.make(case)
             inputs.clear()
-            # Without a check a smaller case has warmed the code up, unless it compiles per shape.
-            output = call(inputs) if check or impl.compiled else None
+            output = call(inputs)  # warms it up too
         except CANNOT as error:
-            row.update(status="absent", reason=why(impl, error))
+            row.update(refused(impl, error))
             continue
         if impl.role == "limit" or not check:
             row["status"] = "ok"
@@ -189,27 +177,45 @@ def run_case(
     del truth, inputs
 
     say(f"{op.name} {case.dtype}: timing {len(calls)} variants, {rounds} rounds")
-    slow_ms = math.inf
-    if op.limit in calls and slow < math.inf:
-        drawn = op.draw(case, seed)
-        slow_ms = slow * timed_ms(lambda: calls[op.limit](drawn), case.device)
-        del drawn
+    broken: dict[str, BaseException] = {}
+
+    def guarded(name: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def run_it(drawn: Any) -> Any:
+            if name in broken:
+                return None
+            try:
+                return call(drawn)
+            except CANNOT as error:
+                broken[name] = error
+                return None
+
+        return run_it
+
+    busy = BusyCores()
     samples = interleave(
-        calls,
+        {name: guarded(name, call) for name, call in calls.items()},
         lambda i: op.draw(case, seed + 1 + i),
         rounds=rounds,
         device=case.device,
         seed=seed,
         inner=inner,
         between=lambda drawn: drawn.clear(),
-        slow_ms=slow_ms,
+        limit=op.limit,
+        slow=slow,
+        # Targets are stated of these: their medians are of every round.
+        always=[impl.name for impl in table if impl.role == "pyrl" and impl.backend != "torch"],
     )
+    others = busy.others()
+    for name, error in broken.items():
+        rows[name].update(refused(find(op.name, name), error))
+        calls.pop(name)
+        samples.pop(name)
     limit = samples.get(op.limit)
     for name, values in samples.items():
         timing = Timing.of(values)
         rows[name].update(
             ms_p20=round(timing.p20, 4), ms_p50=round(timing.p50, 4), ms_p80=round(timing.p80, 4),
-            rounds=timing.rounds, **op.rate(case, timing.p50 / 1e3),
+            rounds=timing.rounds, other_cores=others, **op.rate(case, timing.p50 / 1e3),
         )  # fmt: skip
         if limit:
             ratio = median_ratio(values, limit)
@@ -217,14 +223,14 @@ def run_case(
     if memory:
         chosen = list(calls) if memory is True else [n for n in calls if n in memory]
         say(f"{op.name} {case.dtype}: peak memory of {len(chosen)}, a fresh process each")
-        for name, found in peaks_of(op.name, case, chosen).items():
+        for name, found in peaks_of(op, case, {n: calls[n] for n in chosen}).items():
             rows[name].update(
                 {"memory_reason": found["error"]}
                 if "error" in found
                 else {key: round(value, 1) for key, value in found.items()}
             )
     found = list(rows.values())
-    if names is None:
+    if names is None or absent:
         for impl, reason in elsewhere(op.name, device=case.device, dtype=case.dtype):
             found.append(
                 _blank(op, impl, case, where, run) | {"status": "absent", "reason": reason}
@@ -232,17 +238,42 @@ def run_case(
     return found
 
 
-def peaks_of(op_name: str, case: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each one's `peak_of`. Two processes at a time: how fast they are does not matter here."""
+def refused(impl: Implementation, error: BaseException) -> dict[str, Any]:
+    """`absent` where something that it needs is not here, `failed` where it broke."""
+    from pyrl import BackendUnavailableError
+
+    if "CUDA error" in str(error):
+        raise BrokenDeviceError(impl.name, error) from error
+    lacking = (ImportError, NotImplementedError, BackendUnavailableError)
+    return {
+        "status": "absent" if isinstance(error, lacking) else "failed", "reason": why(impl, error),
+    }  # fmt: skip
+
+
+def peaks_of(
+    op: Op, case: Any, calls: Mapping[str, Callable[[Any], Any]]
+) -> dict[str, dict[str, Any]]:
+    """Each one's `measure_held`, or {"error": why}. On a CPU in fresh processes, two at a time: how
+    fast they are does not matter here. CUDA's allocator counts exactly in any process."""
+    if case.device == "cuda":
+        inputs = op.draw(case, 0)
+        return {name: _held_or_why(name, call, inputs) for name, call in calls.items()}
     described = json.dumps(dataclasses.asdict(case))
-    if case.device == "cuda":  # the allocator counts exactly: no fresh process is needed
-        return {name: peak_of(op_name, name, described) for name in names}
 
     def measured(name: str) -> dict[str, Any]:
-        return run_child("suite.py", "--peak", op_name, name, described)
+        return run_child("suite.py", "--peak", op.name, name, described)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(measured, names), strict=True))
+        return dict(zip(calls, pool.map(measured, calls), strict=True))
+
+
+def _held_or_why(name: str, call: Callable[[Any], Any], inputs: Any) -> dict[str, Any]:
+    try:
+        return dict(measure_held(call, inputs))
+    except CANNOT as error:
+        if "CUDA error" in str(error):
+            raise BrokenDeviceError(name, error) from error
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 def why(impl: Implementation, error: BaseException) -> str:
@@ -273,13 +304,16 @@ def _blank(
 
 
 def peak_of(op_name: str, implementation: str, case_json: str) -> dict[str, float]:
-    """In a fresh process: make the inputs, then measure two calls. Gradients count as part of the
-    peak; their own size is `grads_mib`."""
+    """In a fresh process: make the inputs, then measure two calls."""
     op, impl = op_named(op_name), find(op_name, implementation)
-    fields = json.loads(case_json)
-    case = op.case(**fields)
+    case = op.case(**json.loads(case_json))
     inputs = op.draw(case, 0)
-    call = impl.make(case)
+    return measure_held(impl.make(case), inputs)
+
+
+def measure_held(call: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
+    """`measure_peak` of call(inputs). Gradients are part of the peak; `grads_mib` is their own
+    size."""
     grads = 0
 
     def once() -> Any:
@@ -291,7 +325,7 @@ def peak_of(op_name: str, implementation: str, case_json: str) -> dict[str, floa
         inputs.clear()
         return output
 
-    found = measure_peak(once, case.device)
+    found = measure_peak(once, inputs.case.device)
     return {**found, "grads_mib": grads / 2**20}
 
 

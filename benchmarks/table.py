@@ -6,14 +6,26 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+try:  # a GPU image may not have it: figures are worth more than their frame
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    Console = Table = None  # type: ignore[assignment, misc]
 
 Row = Mapping[str, Any]
 
 
-def terminal() -> Console:
+class Plain:
+    """Prints text without markup, where rich is not installed."""
+
+    def print(self, text: object, **_: Any) -> None:
+        print(str(text).removeprefix("[dim]"), flush=True)
+
+
+def terminal() -> Any:
     """The console; wide enough for the tables where output goes to a file or a log."""
+    if Console is None:
+        return Plain()
     return Console() if sys.stdout.isatty() else Console(width=132)
 
 
@@ -21,6 +33,9 @@ def print_cells(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
 ) -> None:
     """Cells as a table on the terminal; all but the first `left` columns are flush right."""
+    if Table is None:
+        print("\n".join([title, *markdown_cells(columns, rows)]), flush=True)
+        return
     table = Table(title=title, title_justify="left")
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at < left else "right")
@@ -31,8 +46,11 @@ def print_cells(
 
 def markdown_cells(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
-    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return [*head, *("| " + " | ".join(cells) + " |" for cells in rows)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(columns), "|" + "---|" * len(columns), *map(line, rows)]
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -87,7 +105,10 @@ def cells(row: Row) -> list[str]:
         if "gbytes_per_second" in row
         else "–"
     )
-    spread = f"{number(row['ms_p50'])} ({number(row['ms_p20'])}–{number(row['ms_p80'])})"
+    spread = f"{number(row['ms_p20'])}–{number(row['ms_p80'])}"
+    if row.get("rounds") == 1:
+        spread = "once"
+    spread = f"{number(row['ms_p50'])} ({spread})"
     peak = "–" if row.get("peak_mib") is None else f"{row['peak_mib']:.0f}"
     return [name, version, spread, number(row.get("ratio_to_limit")), rate, peak, worst_error(row)]
 
@@ -152,6 +173,8 @@ def kept_markdown(rows: Sequence[Row]) -> str:
     columns = ("implementation", "shape", "dtype", "ms, all kept", "50% kept", "20% kept")
     return "\n".join([
         "### Kept share: time over the time with every row kept", "",
+        "Targets: at most .55 with half of the rows, .25 with a fifth. Each share is a case of its "
+        "own, timed minutes from the others.", "",
         *markdown_cells(columns, lines), "",
     ])  # fmt: skip
 
@@ -164,34 +187,39 @@ def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def show(rows: Sequence[Row], console: Console | None = None) -> None:
-    console = console or terminal()
+def show(rows: Sequence[Row]) -> None:
     for title, members in groups(rows).items():
-        table = Table(title=title, title_justify="left")
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
-        for row in members:
-            table.add_row(*cells(row))
-        console.print(table)
-        console.print(conditions_text(members), style="dim")
+        print_cells(title, COLUMNS, [cells(row) for row in members], 2)
+        print(conditions_text(members), flush=True)
 
 
 def conditions_text(rows: Sequence[Row]) -> str:
-    """One line per distinct set of conditions among the rows."""
-    lines = {
-        f"{r['device']}, {r['threads']} threads, torch {r['torch']}, python {r['python']}, "
-        f"commit {r['commit']}, {r['date'][:10]}, load {r['load']} before the run"
-        for r in rows
-    }
-    return "\n".join(sorted(lines))
+    """A line for each set of conditions among the rows, with what else the cores did."""
+    busy: dict[str, list[Row]] = {}
+    for r in rows:
+        busy.setdefault(
+            f"{r['device']}, {r['threads']} threads, torch {r['torch']}, python {r['python']}, "
+            f"commit {r['commit']}, {r['date'][:10]}", []
+        ).append(r)  # fmt: skip
+    return "\n".join(f"{line}, {others_text(members)}" for line, members in sorted(busy.items()))
+
+
+def others_text(rows: Sequence[Row]) -> str:
+    """How busy other processes were: measured beside the timing, or else the load before it."""
+    others = [r["other_cores"] for r in rows if r.get("other_cores") is not None]
+    if others:
+        return f"other work {span(others)} cores"
+    return f"load {span([r['load'] for r in rows])} before the run"
+
+
+def span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for title, members in groups(rows).items():
-        lines = [f"### {title}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        lines += [
-            "| " + " | ".join(c.replace("|", "\\|") for c in cells(row)) + " |" for row in members
-        ]
+        lines = [f"### {title}", "", *markdown_cells(COLUMNS, [cells(row) for row in members])]
         parts.append("\n".join(lines) + f"\n\n{conditions_text(members)}\n")
     return "\n".join(parts)

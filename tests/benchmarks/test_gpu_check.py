@@ -16,11 +16,18 @@ import torch
 WORKER = """
 import sys, time
 for name in sys.argv[1:]:
+    if name.startswith("--") or ":" in name:
+        continue
     print("@begin", name, flush=True)
     if name == "hangs":
         time.sleep(60)
     if name == "crashes":
         sys.exit(7)
+    if name == "breaks":
+        print("@at breaks bad", flush=True)
+        if "breaks:bad" not in sys.argv:
+            print("@broke breaks bad: CUDA error", flush=True)
+            sys.exit(1)
     print("some output", flush=True)
     print({"fails": "@failed fails no kernel", "late": "@skip late"}.get(name, "@end " + name),
           flush=True)
@@ -58,7 +65,7 @@ def test_a_part_that_hangs_or_crashes_ends_alone(tmp_path, capsys):
          part("last")],
         time.time() + 100,
         lambda names: [sys.executable, str(script), *names],
-        lambda name, status, seconds, reason: told.setdefault(name, (status, reason)),
+        lambda name, status, seconds, reason, at: told.update({name: (status, reason)}),
     )  # fmt: skip
     assert time.monotonic() - began < 30  # the hanging part slept 60
     assert {name: status for name, (status, _) in told.items()} == {
@@ -73,9 +80,38 @@ def test_a_worker_that_never_begins_costs_one_part(tmp_path):
     told = []
     gpu_check.supervise(
         [part("a"), part("b")], 0.0, lambda names: [sys.executable, "-c", "raise SystemExit(3)"],
-        lambda name, status, seconds, reason: told.append((name, status)),
+        lambda name, status, seconds, reason, at: told.append((name, status)),
     )  # fmt: skip
     assert told == [("a", "failed"), ("b", "failed")]
+
+
+def test_what_broke_the_device_is_left_out_and_its_part_runs_again(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    told, left_out = [], set()
+
+    def tell(name, status, seconds, reason, at):
+        told.append((name, status, at))
+        left_out.update({(name, at)} if at else ())
+        return status == "broke"
+
+    def command(names):
+        real = gpu_check.worker(tmp_path / "rows.jsonl", 0.0, names, left_out)
+        return [sys.executable, str(script), *real[4:]]
+
+    gpu_check.supervise([part("breaks"), part("next")], 0.0, command, tell)
+    assert told == [("breaks", "broke", "bad"), ("breaks", "ok", ""), ("next", "ok", "")]
+
+
+def test_whoever_hung_is_left_out_on_the_same_device_and_code(tmp_path):
+    for name, status, code, at in (
+        ("a", "timeout", "1", "x"), ("b", "broke", "2", "y"), ("c", "failed", "1", ""),
+        ("d", "timeout", "1", "z"), ("d", "ok", "1", ""),
+    ):  # fmt: skip
+        gpu_check.record(tmp_path, name, status, 1.0, device="gpu", code=code, at=at)
+    assert gpu_check.culprits(tmp_path, "gpu", "1") == {("a", "x")}
+    command = gpu_check.worker(tmp_path / "r", 5.0, ["a", "c"], {("a", "x"), ("b", "y")})
+    assert command[-4:] == ["a", "c", "--without", "a:x"]
 
 
 def test_finished_parts_are_skipped_on_the_same_device_and_code(tmp_path, monkeypatch, capsys):

@@ -7,13 +7,9 @@ import harness
 import linear_policy_loss
 import logits_peers
 import logits_policy_loss
-import plots
 import pytest
 import registry
-import report
-import run
 import suite
-import table
 import torch
 
 from pyrl import BackendUnavailableError
@@ -117,9 +113,13 @@ def test_slow_variants_sit_rounds_out_and_keep_their_pairs():
     import time
 
     calls = {"limit": lambda _: time.sleep(0.001), "slow": lambda _: time.sleep(0.02)}
-    samples = harness.interleave(calls, lambda i: i, rounds=6, device="cpu", slow_ms=15)
+    samples = harness.interleave(calls, lambda i: i, rounds=6, device="cpu", limit="limit", slow=3)
     assert [math.isnan(v) for v in samples["slow"]] == [False, True, True, True, True, False]
     assert harness.Timing.of(samples["slow"]).rounds == 2
+    every = harness.interleave(
+        calls, lambda i: i, rounds=3, device="cpu", limit="limit", slow=3, always=["slow"]
+    )
+    assert not any(math.isnan(v) for v in every["slow"])
     assert 1 < harness.median_ratio(samples["slow"], samples["limit"]) < math.inf
 
 
@@ -130,94 +130,22 @@ def test_the_grid_names_known_rows_and_holds_the_issues_cells():
         )
         assert {"limit", "pyrl"} <= {row.role for row in chosen}
         if not isinstance(cell.memory, bool):
-            assert set(cell.memory) - {"trl", "liger-batch"} <= {row.name for row in chosen}
-    default = [cell.case for cell in linear_policy_loss.GRID if not cell.extra]
+            assert set(cell.memory) <= {row.name for row in chosen}
+    default = [cell for cell in linear_policy_loss.GRID if not cell.extra]
+    cpu = {r.name for r in registry.select("linear_policy_loss", device="cpu", dtype="bfloat16")}
+    assert cpu == {name for cell in default for name in cell.names or cpu}
+    assert any(cell.absent for cell in default)  # and the others say why they are not there
     for dtype in ("float32", "bfloat16"):
-        shares = {c.kept_share for c in default if c.tokens == 2048 and c.dtype == dtype}
+        cells = [c for c in default if c.case.dtype == dtype]
+        shares = {c.case.kept_share for c in cells if c.case.tokens == 2048}
         assert shares == {1.0, 0.5, 0.2}
-        sizes = {c.tokens for c in default if c.dtype == dtype and c.vocab == 49152}
-        assert {1024, 2048, 4096} <= sizes
-
-
-def loss_rows():
-    """A synthetic grid: naive linear in N, ours flat and twice as fast."""
-    base = {
-        "op": "linear_policy_loss", "package": "x", "version": "1", "status": "ok",
-        "device": "cpu", "threads": 2, "torch": "2", "triton": None, "python": "3", "commit": "c",
-        "date": "2026-01-01T00:00:00+00:00", "load": 0.0, "rounds": 3, "backend": "torch",
-        "errors": {"loss": 1e-7, "grad_hidden": 2e-7}, "within_rule": True,
-    }  # fmt: skip
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        for n in (512, 1024, 2048):
-            for kept in (1.0, 0.5, 0.2) if n == 1024 else (1.0,):
-                for name, role, factor, peak in (
-                    ("gemm", "limit", 1.0, 0), ("naive", "peer", 1.5, n), ("trl", "peer", 4, 300),
-                    ("pyrl-cpu", "pyrl", 1.02, 60),
-                ):  # fmt: skip
-                    share = 1.0 if name in ("naive", "trl") else kept
-                    ms = n * factor * share
-                    rows.append(base | {
-                        "implementation": name, "role": role, "dtype": dtype,
-                        "shape": [n, 576, 49152], "kept_share": kept, "ms_p20": ms, "ms_p50": ms,
-                        "ms_p80": ms, "ratio_to_limit": factor * share / kept,
-                        "share_of_limit": kept / factor / share, "gflops": 100.0,
-                        "peak_mib": float(peak), "grads_mib": 55.0,
-                    })  # fmt: skip
-    return rows
-
-
-def test_the_document_is_the_same_bytes_from_the_same_files(tmp_path):
-    harness.write_rows(tmp_path / "linear_policy_loss.jsonl", loss_rows())
-    first = {path.name: path.read_bytes() for path in report.write(tmp_path)}
-    second = {path.name: path.read_bytes() for path in report.write(tmp_path)}
-    assert first == second and len(first) == 4
-    text = first["RESULTS.md"].decode()
-    assert "| 1024 576 49152 | bfloat16 | 50% | 512 | pyrl-cpu | 522 | 1.02 | 5 | naive |" in text
-    assert "| pyrl-cpu | N 1024 D 576 V 49152 | float32 | 1044 | 0.50 | 0.20 |" in text
-    assert "| naive | N 1024 D 576 V 49152 | float32 | 1536 | 1.00 | 1.00 |" in text
-
-
-def test_scoring_rows_look_different_and_are_shown():
-    text = report.scoring_markdown([{
-        "commit": "0123456789", "machine": "m", "versions": {"torch": "2"}, "steps": 1,
-        "added": {"none": 0.0, "after": 0.08},
-        "rows": {arm: [{"seconds": 2.0, "score": 0.5}] for arm in ("none", "after")},
-    }])  # fmt: skip
-    assert "| after | 2.00 | 0.500 | +8.0% |" in text and "commit 0123456" in text
-
-
-def test_no_curve_without_three_sizes_and_no_picture_without_rows(tmp_path):
-    rows = [r for r in loss_rows() if r["shape"][0] == 1024]
-    assert plots.curves(rows, tmp_path / "x.png") is None
-    assert plots.bars([], tmp_path / "x.png") is None
-    assert plots.shares([], tmp_path / "x.png") is None
-    assert plots.curves(loss_rows(), tmp_path / "x.png") == tmp_path / "x.png"
-
-
-def test_rates_of_a_gpu_read_in_teraflops():
-    row = loss_rows()[0] | {"gflops": 612_345.0}
-    assert table.cells(row)[4] == "612 TFLOP/s"
-
-
-def test_run_shows_where_the_time_went(tmp_path, monkeypatch, capsys):
-    class Fake:
-        @staticmethod
-        def run(out, **options):
-            Fake.options = options
-            return []
-
-    monkeypatch.setattr(run.importlib, "import_module", lambda name: Fake)
-    Fake.show = staticmethod(lambda rows: None)
-    Fake.write = staticmethod(lambda out: [])
-    assert run.main(["--only", "packing", "--all", "--rounds", "2", "--out", str(tmp_path)]) == 0
-    assert Fake.options["everything"] is True and Fake.options["rounds"] == 2
-    text = capsys.readouterr().out
-    assert "packing" in text and "report" in text and "100%" in text
-    for wrong in (["--rounds", "0"], ["--implementations", "naive"], ["--static", "--only",
-                                                                      "packing"]):  # fmt: skip
-        with pytest.raises(SystemExit):
-            run.main(wrong)
+        whole = [c for c in cells if c.case.kept_share == 1]
+        held = {c.case.tokens for c in whole if c.case.vocab == 49152 and c.memory}
+        assert {1024, 2048} <= held and (dtype == "float32" or {512, 4096} <= held)
+        assert any(c.case.vocab == 151936 for c in whole)
+    for cell in (*logits_policy_loss.GRID, *logits_policy_loss.QUICK):
+        names = registry.known_names("logits_policy_loss")
+        assert isinstance(cell.memory, bool) or set(cell.memory) <= set(names)
 
 
 def test_quick_logits_rows_are_written(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import types
 
 import harness
 import numpy as np
@@ -121,3 +122,32 @@ def test_conditions_say_where_and_when():
     wanted = {"device", "threads", "torch", "triton", "python", "commit", "date", "load"}
     assert set(where) == wanted
     assert where["date"].endswith("+00:00") and where["threads"] >= 1
+
+
+def test_other_work_is_counted_without_this_process(monkeypatch):
+    seconds = iter([100.0, 101.5, 7.0, 6.0])
+    monkeypatch.setattr(harness.BusyCores, "_seconds", staticmethod(lambda: next(seconds)))
+    clock = iter([0.0, 3.0, 0.0, 1.0])
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert harness.BusyCores().others() == 0.5
+    assert harness.BusyCores().others() == 0.0  # hundredths of a second that do not add up
+    monkeypatch.setattr(harness.BusyCores, "_seconds", staticmethod(lambda: None))
+    clock = iter([0.0, 1.0])
+    assert harness.BusyCores().others() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_busy_seconds_of_the_machine_are_read():
+    assert harness.BusyCores._seconds() is not None
+
+
+def test_results_are_no_difference_to_the_commit(monkeypatch):
+    asked = []
+
+    def fake(command, **_):
+        asked.append(command)
+        return harness.subprocess.CompletedProcess(command, 0, stdout="abc\n")
+
+    monkeypatch.setattr(harness.subprocess, "run", fake)
+    assert harness.commit() == "abc+"
+    assert {":!benchmarks/results", ":!benchmarks/RESULTS.md"} <= set(asked[1])

@@ -49,5 +49,5 @@ def test_tables_hold_every_variant_and_why_one_is_missing(tmp_path):
     assert "## Training in less memory" in text
     assert "| LoRA 16 | bfloat16 | 1.50 | 900 | 266 | 56 | 49 | 3 | 118 |" in text
     assert "failed: no torchao" in text
-    with pytest.raises(ValueError, match="memory has no variant 'x'"):
+    with pytest.raises(ValueError, match="memory has no implementation 'x'"):
         memory.run(tmp_path, names=("x",))

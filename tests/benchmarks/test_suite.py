@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
+import math
 
 import peers
 import pytest
 import registry
-import report
 import row_peers
 import small_peers
 import suite
@@ -38,6 +38,18 @@ def nan_loss(case):
     return lambda inputs: dataclasses.replace(naive(inputs), loss=torch.tensor(torch.nan))
 
 
+def breaks_when_timed(case):
+    naive, calls = peers.make_naive(case), []
+
+    def call(inputs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise AssertionError("out of luck")
+        return naive(inputs)
+
+    return call
+
+
 def missing(case):
     raise ImportError("No module named 'peerlib'")
 
@@ -49,6 +61,7 @@ def rows(monkeypatch):
         fake("wrong", wrong_gradient),
         fake("nan", nan_loss),
         fake("missing", missing),
+        fake("breaks", breaks_when_timed),
         fake("naive", peers.make_naive),
     )
     monkeypatch.setattr(registry, "REGISTRY", fakes)
@@ -66,6 +79,40 @@ def test_only_sound_implementations_are_timed(rows):
         assert rows[name]["within_rule"] is False
     assert "grad_weight 1.0e-02" in rows["wrong"]["reason"]
     assert rows["missing"]["status"] == "absent" and "peerlib" in rows["missing"]["reason"]
+
+
+def test_one_that_breaks_while_it_is_timed_is_a_row_that_says_why(rows):
+    assert rows["breaks"]["status"] == "failed" and "ms_p50" not in rows["breaks"]
+    assert rows["breaks"]["reason"] == "AssertionError: out of luck"
+    assert rows["naive"]["other_cores"] is None or rows["naive"]["other_cores"] >= 0
+
+
+def test_a_broken_device_ends_the_case_and_who_did_it_can_be_left_out(monkeypatch):
+    def broken(case):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    fakes = (fake("gemm", peers.make_gemm, role="limit"), fake("bad", broken))
+    monkeypatch.setattr(registry, "REGISTRY", fakes)
+    op = suite.op_named("linear_policy_loss")
+    with pytest.raises(suite.BrokenDeviceError, match="bad: CUDA error") as caught:
+        suite.run_case(op, CASE, rounds=1, memory=False)
+    assert caught.value.implementation == "bad"
+    found = suite.run_case(op, CASE, rounds=1, memory=False, without=["bad"])
+    assert {r["implementation"]: r["status"] for r in found} == {"gemm": "ok", "bad": "failed"}
+
+
+def test_memory_in_this_process_says_why_where_it_cannot_be_measured(monkeypatch):
+    def full(inputs):
+        raise RuntimeError("out of memory")
+
+    assert suite._held_or_why("x", full, peers.draw(CASE, 0)) == {
+        "error": "RuntimeError: out of memory"
+    }
+
+
+def test_unknown_ops_are_named():
+    with pytest.raises(ValueError, match=r"no op 'linear'.*'linear_policy_loss'"):
+        suite.op_named("linear")
 
 
 def test_rows_carry_their_conditions_and_print(rows):
@@ -88,6 +135,31 @@ def test_implementations_agree_with_float64(name, dtype):
     except BackendUnavailableError as error:  # this build has no compiled backend
         pytest.skip(str(error))
     assert max(suite.errors_of(output, truth).values()) <= suite.GATE[dtype]
+
+
+def test_old_log_probs_in_closed_form_are_near_the_computed_ones():
+    case = peers.Case(tokens=256, hidden=64, vocab=peers.CLOSED_FORM_VOCAB)
+    inputs = peers.draw(case, 0)
+    exact = peers.logprob(inputs.hidden, inputs.weight, inputs.target)
+    # A relative error of sqrt((e - 1) / V) in the sum of exponentials at |h|^2 = D; 5 deviations,
+    # and a half more for rows of larger |h|.
+    bound = 7.5 * ((math.e - 1) / case.vocab) ** 0.5
+    near = peers.near_logprob(inputs.hidden, inputs.weight, inputs.target)
+    assert (near - exact).abs().max() < bound
+    assert (inputs.old - exact).abs().max() < 0.06 + bound < 0.18  # log(1.2): nothing is clipped
+
+
+def test_the_float64_answer_of_kept_rows_is_that_of_all_rows():
+    inputs = peers.draw(CASE, 4)
+    found = peers.reference(inputs, rows=7)
+    hidden, weight = (t.detach().double().requires_grad_() for t in (inputs.hidden, inputs.weight))
+    logp = (hidden @ weight.T).log_softmax(-1).gather(1, inputs.target[:, None])[:, 0]
+    ratio = (logp - inputs.old).exp()
+    a = inputs.advantage.double()
+    loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) * inputs.keep / inputs.keep.sum()
+    loss.sum().backward()
+    whole = peers.Output(loss.sum().detach(), hidden.grad, weight.grad)
+    assert max(suite.errors_of(found, whole).values()) < 1e-12
 
 
 def test_nothing_is_clipped_and_the_kept_share_is_exact():
@@ -173,24 +245,3 @@ def test_dense_reward_separates_completions():
     prompt = task.prompts("train")[0]
     texts = ["", "a", "b", "an apple", "strength", "Zürich is a city."]
     assert len({task.score(prompt, text) for text in texts}) == len(texts)
-
-
-def test_report_is_made_from_files_alone(tmp_path, rows):
-    from harness import write_rows
-
-    members = [{**row, "kept_share": 1.0} for row in rows.values()]
-    write_rows(tmp_path / "linear_policy_loss.jsonl", members)
-    steps = {
-        "op": "trainer_step", "implementation": "trl", "version": "1", "dtype": "float32",
-        "shape": [8, 8, 32], "kept_share": 1.0, "settings": "dense reward", "note": "as is",
-        "status": "failed", "reason": "no memory", "device": "cpu", "threads": 2, "torch": "2",
-        "commit": "c", "date": "2026-01-01T00:00:00+00:00", "load": 0.1,
-    }  # fmt: skip
-    write_rows(tmp_path / "trainer_step.jsonl", [steps])
-    text_path, *pictures = report.write(tmp_path)
-    text = text_path.read_text()
-    assert [p.name for p in pictures] == [
-        "linear_policy_loss.png", "linear_policy_loss_share.png",
-    ]  # fmt: skip
-    assert all(picture.name in text for picture in pictures)
-    assert "failed: no memory" in text and "× limit" in text
