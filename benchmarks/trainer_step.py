@@ -6,8 +6,9 @@ SmolLM2-135M, 8 prompts x 8 completions x at most 32 new tokens, the same prompt
 the same reward function, the same loss (clip 0.2 / 0.2, mean over tokens), AdamW at 1e-6, gradient
 norm clipped at 1, temperature 1, no KL term. Each trainer runs in its own fresh process, one after
 the other; the first step is warm-up and left out.
-`peak_rss_mib` is the trainer process' maximum resident memory as the system reports it at exit;
-`peak_tree_mib` samples the proportional memory of it and all its helpers.
+`peak_rss_mib` is the trainer process' maximum resident memory by the system's own count (VmHWM),
+last read at most half a second before its end; `peak_tree_mib` samples the proportional memory of
+it and all its helpers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -226,36 +228,54 @@ def pyrl_recipe(work: Workload, dtype: str) -> dict[str, Any]:
 
 
 def run_watched(command: Sequence[str], log: Path, deadline: float = DEADLINE) -> dict[str, Any]:
-    """Run to the end; its status, its maximum resident memory (wait4) and the sampled peak of the
+    """Run to the end; its status, its maximum resident memory and the sampled peak of the
     proportional memory (PSS) of it and its helpers."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
-        peak_tree, ended = [0.0], threading.Event()
-        watcher = threading.Thread(target=_watch, args=(process, peak_tree, ended, deadline))
+        peaks, ended = Peaks(), threading.Event()
+        watcher = threading.Thread(target=_watch, args=(process, peaks, ended, deadline))
         watcher.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        process.wait()
         ended.set()
         watcher.join()
-    process.returncode = os.waitstatus_to_exitcode(status)
     return {
         "returncode": process.returncode,
-        "peak_rss_mib": usage.ru_maxrss / 1024.0,
-        "peak_tree_mib": peak_tree[0] / 2**20,
+        "peak_rss_mib": peaks.own / 2**20,
+        "peak_tree_mib": peaks.tree / 2**20,
     }
 
 
+@dataclasses.dataclass
+class Peaks:
+    """Bytes."""
+
+    own: int = 0
+    tree: int = 0
+
+
+def high_water(pid: int) -> int:
+    """VmHWM of a process, in bytes; 0 when it has ended. wait4's ru_maxrss would begin with what
+    the parent held when it forked."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
 def _watch(
-    process: subprocess.Popen[bytes], peak: list[float], ended: threading.Event, deadline: float
+    process: subprocess.Popen[bytes], peaks: Peaks, ended: threading.Event, deadline: float
 ) -> None:
     began = time.monotonic()
     while not ended.wait(0.5):
         if time.monotonic() - began > deadline:
             process.kill()
             return
-        total = 0
+        total, peaks.own = 0, max(peaks.own, high_water(process.pid))
         try:
             family = [root := psutil.Process(process.pid), *root.children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -265,7 +285,7 @@ def _watch(
                 total += member.memory_full_info().pss
             except psutil.Error:
                 continue
-        peak[0] = max(peak[0], total)
+        peaks.tree = max(peaks.tree, total)
 
 
 COLUMNS = (
