@@ -111,7 +111,7 @@ def _logits_stats_kernel(
         x = tl.where(columns < V, x, -float("inf"))
         new_m = tl.maximum(m, tl.max(x, axis=0))
         shift = finite(new_m)
-        drift = tl.maximum(finite(m) - shift, _FLOOR)
+        drift = tl.maximum(m - shift, _FLOOR)
         decay = tl.exp(m - shift)
         centred = x - shift[None, :]
         weight = tl.exp(centred)
@@ -122,7 +122,7 @@ def _logits_stats_kernel(
 
     top = tl.max(m, axis=0)
     shift = finite(top)
-    drift = tl.maximum(finite(m) - shift, _FLOOR)
+    drift = tl.maximum(m - shift, _FLOOR)
     decay = tl.exp(m - shift)
     W = tl.sum(decay * (W + drift * S), axis=0)
     S = tl.sum(decay * S, axis=0)

@@ -57,7 +57,7 @@ def _support_stats_kernel(
         member = tl.where((at < end) & (token == target), 1, member)
         new_m = tl.maximum(m, x)
         shift = finite(new_m)
-        drift = tl.maximum(finite(m) - shift, _FLOOR)
+        drift = tl.maximum(m - shift, _FLOOR)
         decay = tl.exp(m - shift)
         centred = x - shift
         weight = tl.exp(centred)
@@ -68,7 +68,7 @@ def _support_stats_kernel(
 
     top = tl.max(m, axis=0)
     shift = finite(top)
-    drift = tl.maximum(finite(m) - shift, _FLOOR)
+    drift = tl.maximum(m - shift, _FLOOR)
     decay = tl.exp(m - shift)
     W = tl.sum(decay * (W + drift * S), axis=0)
     S = tl.sum(decay * S, axis=0)
