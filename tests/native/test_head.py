@@ -121,12 +121,13 @@ def test_property_any_split_and_place_of_the_logits(n, d, v, data, dtype, bias, 
     assert_parity(ours, formula(*args, 1.0, 0.0), formula(*double(*args), 1.0, 0.0), dtype)
 
 
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="no bf16 products in this set")
 def test_dbias_of_few_terms():
     """How far a sum of few roundings to bf16 is off is luck, torch's and ours: means are compared.
 
     Everything else obeys the rule case by case.
     """
-    rng, dtype, errors = random.Random(0), DTYPES[-1], []
+    rng, dtype, errors = random.Random(0), torch.bfloat16, []
     for seed in range(200):
         args = inputs(rng.randint(1, 16), rng.randint(1, 30), rng.randint(2, 60), dtype, seed)
         (stats, (*grads, db)), (out, (*torchs, torch_db)), (right, (*exacts, exact_db)) = (
