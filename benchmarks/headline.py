@@ -71,10 +71,13 @@ def head_lines(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def step_lines(rows: Sequence[Row]) -> Iterator[Line]:
-    """The trainer's step against the reference trainer's fastest and leanest, dtype by dtype."""
+    """The trainer's step against the reference trainer's fastest and leanest of the same run, dtype
+    by dtype; nothing where that run had none."""
     for ours, theirs in (("pyrl", ("trl", "trl-lean")), ("pyrl-bf16", ("trl-bf16",))):
         mine = next((r for r in rows if r["implementation"] == ours), None)
-        rivals = [r for r in rows if r["implementation"] in theirs]
+        rivals = [
+            r for r in rows if mine and r["implementation"] in theirs and r["run"] == mine["run"]
+        ]
         if mine is None or not rivals:
             continue
         fast = min(rivals, key=lambda r: r["seconds"])

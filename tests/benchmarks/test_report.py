@@ -86,9 +86,13 @@ def test_targets_say_whether_they_are_met():
         {"op": "linear_policy_loss", "role": "peer", "status": "absent", "backend": "torch"},
     ]
     steps = [
-        {"implementation": name, "status": "ok", "seconds": s, "peak_mib": m, "dtype": "float32"}
-        for name, s, m in (("trl", 60.0, 9e3), ("trl-lean", 50.0, 4e3), ("pyrl", 10.0, 4.5e3))
-    ]
+        {"implementation": name, "status": "ok", "seconds": s, "peak_mib": m, "dtype": "float32",
+         "run": run}
+        for name, s, m, run in (
+            ("trl", 60.0, 9e3, "b"), ("trl-lean", 50.0, 4e3, "b"), ("pyrl", 10.0, 4.5e3, "b"),
+            ("trl-bf16", 9.0, 9e3, "a"), ("pyrl-bf16", 5.0, 4e3, "b"),  # of different runs
+        )
+    ]  # fmt: skip
     packed = [
         {"implementation": "a", "status": "ok", "shape": [10**6], "ms_p50": ms,
          "rows_over_bound": over} for ms, over in ((400.0, 1.001), (900.0, 1.0005))
@@ -108,6 +112,7 @@ def test_targets_say_whether_they_are_met():
     )
     assert "beside trl-lean | ≤ ⅓ of its seconds | 0.20 | yes |" in text
     assert "| 4500 against 4000 MiB | **no** |" in text
+    assert "trl-bf16" not in text
     assert "| 0.90 s, × 1.0010 | yes |" in text
     assert headline.NO_GPU_FIGURE in text
     assert headline.NO_GPU_FIGURE not in headline.markdown(given | {"gpu_check": [{}]})
